@@ -20,6 +20,7 @@ process_start = time.perf_counter()
 
 import bisect
 import dataclasses
+import gc
 import hashlib
 import importlib
 import json
@@ -38,7 +39,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches of changing size fragment less
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take 7 s to compile, once per machine
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take 7 s to compile: once
+
+gc.disable()  # until the clock starts: imports and tracing make objects that stay, in vain would it look for garbage
 
 import numpy as np
 import torch
@@ -52,18 +55,12 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 
 SCRIPT = Path(__file__).resolve()
-REPOSITORY = next((folder for folder in SCRIPT.parents if (folder / "data" / "tokenize_text.py").exists()), SCRIPT.parent)
-
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: what is wrong and what to do. Rank 0 prints it; exit code 2."""
-
+    """Something the user can mend. Its text is one line: what is wrong and what to do. Rank 0 prints it; exit 2."""
 
 class World:
-    """The processes of this run: one per GPU, as torchrun's environment says, or one alone.
-
-    rank, size, device; dtype of matrices and activations: bfloat16 on a GPU, float32 on a CPU.
-    """
+    """The processes of this run, one per GPU as torchrun's environment says, or one alone; matrices are of `dtype`."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -87,7 +84,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-
 def atomic_save(state: dict, path: Path):
     """torch.save under a temporary name, fsync, rename: `path` never holds a partial file."""
     with open(temporary := path.with_name(f".{path.name}.partial"), "wb") as file:
@@ -96,24 +92,22 @@ def atomic_save(state: dict, path: Path):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
-    header = np.fromfile(path, dtype=np.int32, count=256)
+    header, stored = np.fromfile(path, dtype=np.int32, count=256), (path.stat().st_size - 1024) // 2
     if len(header) < 256 or header[0] != 20240520:
-        raise UserError(f"{path} is not a token shard (it does not begin with 20240520): download or make it again")
-    if header[1] != 1:
-        raise UserError(f"{path} is of shard version {header[1]}, and this script reads version 1: make it again")
-    stored = (path.stat().st_size - 1024) / 2
-    if stored != header[2]:
-        raise UserError(f"{path} holds {stored:.0f} tokens and its header says {header[2]}: download or make it again")
-    return int(header[2])
-
+        fault = "is no token shard (it does not begin with 20240520)"
+    elif header[1] != 1:
+        fault = f"is of shard version {header[1]}, and this script reads version 1"
+    elif header[2] != stored:
+        fault = f"holds {stored} tokens, and its header says {header[2]}"
+    else:
+        return stored
+    raise UserError(f"{path} {fault}: download it or make it again")
 
 class Dataset:
     """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
@@ -123,7 +117,7 @@ class Dataset:
         self.train, self.val = (sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
         if not self.train or not self.val:
             raise UserError(f"no {'validation' if self.train else 'training'} shard in {folder}: get data with `python "
-                            "data/fineweb.py` or data/tokenize_text.py, or train the sample with `./run.sh --preset sample`")
+                            "data/fineweb.py` or data/tokenize_text.py, or try the sample: `./run.sh --preset sample`")
         described = self.folder / "dataset.json"
         self.about = {"name": self.folder.name, "tokenizer": "gpt2", "vocab_size": 50257, "document_separator": 50256}
         self.about |= json.loads(described.read_text()) if described.exists() else {}
@@ -143,7 +137,6 @@ class Dataset:
             raise UserError(f"{path} has token {tokens.max()}, outside its vocabulary of {self.vocab_size}: "
                             "make it again, or correct vocab_size in dataset.json")
         return tokens
-
 
 class TokenStream:
     """All training shards end to end, epoch after epoch: one endless sequence. The next shard is read in a thread."""
@@ -167,12 +160,11 @@ class TokenStream:
             position, count = position + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
-
 def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
     """Cuts the head of `tokens` into `rows` rows of pieces, each piece (start, length) from one document.
 
-    A document longer than `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new
-    piece, so that every token is used once; with "drop" the rest of it is dropped, so that every piece begins a document.
+    A document longer than `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a
+    new piece, and every token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
     Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon.
     """
     starts = np.flatnonzero(tokens == separator).tolist()
@@ -192,7 +184,6 @@ def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, lon
         table.append(pieces)
     return table, position
 
-
 def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Lays pieces of `tokens` end to end: (tokens (T,), targets (T,), cu_seqlens (pieces + 1, padded) int32)."""
     where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
@@ -204,12 +195,11 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
         arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
     return tuple(arrays)
 
-
 class TrainLoader:
     """Batches of packed documents: the same token stream for every number of ranks.
 
-    A step's batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-batch
-    as `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore.
+    A step's batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-
+    batch as `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore.
     """
 
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
@@ -240,7 +230,6 @@ class TrainLoader:
         mine = table[self.world.rank * share:(self.world.rank + 1) * share]
         return [pack(tokens, sum(mine[i:i + size], []), self.world.device) for i in range(0, share, size)]
 
-
 def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """This rank's rows of the first `tokens` validation tokens; only the rows' borders cut documents."""
     available = sum(dataset.tokens[path] for path in dataset.val)
@@ -254,11 +243,9 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
         rows.append(pack(row, pieces, world.device))
     return rows
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class ParamGroup:
@@ -271,7 +258,6 @@ class ParamGroup:
     every: int = 2  # Adam: update on every second step, with the gradients of both
     cautious: bool = True  # decay only where update and weight agree in sign (arXiv 2510.12402)
 
-
 # Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -280,7 +266,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-
 
 def polar_express(x: Tensor) -> Tensor:
     """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
@@ -293,8 +278,8 @@ def polar_express(x: Tensor) -> Tensor:
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
 
-
-def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor, mu: Tensor):
+def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor,
+                   mu: Tensor):
     """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size.
 
     weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); decay, mu 0-D. In place.
@@ -302,12 +287,12 @@ def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tens
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = polar_express(grad.lerp(momentum, mu)).float()
-    second.lerp_(update.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 0.1)
-    scaled = update * second.clamp_min(1e-10).rsqrt()
-    norm, scaled_norm = (u.norm(dim=(-2, -1), keepdim=True) for u in (update, scaled))
-    update = scaled * (norm / scaled_norm.clamp_min(1e-10))
+    mean_square = update.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)
+    second.lerp_(mean_square, 1 - 0.9)
+    scale = second.clamp_min(1e-10).rsqrt()  # per neuron; the update as a whole keeps its norm
+    scale = scale * (mean_square.sum((1, 2), True) / (mean_square * scale**2).sum((1, 2), True).clamp_min(1e-10)).sqrt()
+    update = update * scale
     weights.sub_(lr * (update + decay * weights * (update * weights >= 0)))
-
 
 def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor, beta1: Tensor,
                 beta2: Tensor, count: Tensor, cautious: bool):
@@ -318,12 +303,11 @@ def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr
     update = first / (1 - beta1**count) / ((second / (1 - beta2**count)).sqrt() + 1e-10)
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
-
 class Bank:
     """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part.
 
-    The parameters become views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32 (`master`)
-    with the optimiser's moments (`state`): a step is reduce_scatter, update, all_gather.
+    The parameters become views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32
+    (`master`) with the optimiser's moments (`state`): a step is reduce_scatter, update, all_gather.
     """
 
     def __init__(self, world: World, params: dict[str, nn.Parameter], align: int, unit: int):
@@ -380,7 +364,6 @@ class Bank:
         self.gather()
         self.wait()
 
-
 class MuonBank(Bank):
     """A bank of equal matrices (n, rows, cols). A rank owns whole ones, because Muon needs them whole."""
 
@@ -401,9 +384,8 @@ class MuonBank(Bank):
 
     def update(self, count: int, lr: float, momentum: float):
         shape = self.state["momentum"].shape
-        self.function(self.master.view(shape), *self.state.values(), self.grad.view(shape), self.lr * lr, self.decay * lr,
-                      torch.tensor(momentum))
-
+        self.function(self.master.view(shape), *self.state.values(), self.grad.view(shape), self.lr * lr,
+                      self.decay * lr, torch.tensor(momentum))
 
 class AdamBank(Bank):
     """A bank of anything else, cut without regard to shapes, because Adam works element by element."""
@@ -417,7 +399,6 @@ class AdamBank(Bank):
     def update(self, count: int, lr: float, momentum: float):
         numbers = (self.group.lr * lr, self.group.weight_decay * lr, *self.group.betas, float(count))
         self.function(self.master, *self.state.values(), self.grad, *map(torch.tensor, numbers), self.group.cautious)
-
 
 class Optimizer:
     """NorMuon for stacks of matrices, Adam for the rest, in banks sharded over the ranks."""
@@ -445,18 +426,17 @@ class Optimizer:
             bank.wait()
             bank.grads.zero_()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
 # A backend is a forward (q, k, v, mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, mask) -> (dq, dk,
 # dv), with shapes as in varlen_attention; `mask` holds the other arguments under the names that flash-attn gives them.
 
-
 def reference_blocks(q, k, mask, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-    cu_seqlens, window, index = mask["cu_seqlens_q"], mask["window_size_left"] + 1, torch.arange(len(q), device=q.device)
+    cu_seqlens, window = mask["cu_seqlens_q"], mask["window_size_left"] + 1
+    index = torch.arange(len(q), device=q.device)
     first = cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]  # where each token's document begins
     for start in range(0, len(q), block):
         queries = slice(start, min(start + block, len(q)))
@@ -466,7 +446,6 @@ def reference_blocks(q, k, mask, block=256):
         scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * mask["softmax_scale"]
         yield queries, keys, scores.masked_fill(~visible, -math.inf)
 
-
 def reference_forward(q, k, v, mask):
     out, lse = v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
     for queries, keys, scores in reference_blocks(q, k, mask):
@@ -474,7 +453,6 @@ def reference_forward(q, k, v, mask):
         out[queries] = torch.einsum("hqk,khd->qhd", probs, v[keys].to(probs.dtype)).to(v.dtype)
         lse[:, queries] = scores.logsumexp(-1)
     return out, lse
-
 
 def reference_backward(dout, q, k, v, out, lse, mask):
     dtypes = q.dtype, k.dtype, v.dtype
@@ -489,172 +467,124 @@ def reference_backward(dout, q, k, v, out, lse, mask):
         dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
     return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
 
+def flash_attn(module: str, forward: str, backward: str, names: dict, forward_options: dict, backward_options: dict):
+    """(forward, backward, module) from a flash-attn package; `names`: how its backward calls our lse and causal."""
+    def run_forward(q, k, v, mask):
+        function = getattr(importlib.import_module(module), forward)
+        return function(q, k, v, causal=True, **forward_options, **mask)[:2]
 
-def fa4_forward(q, k, v, mask):
-    from flash_attn.cute.interface import _flash_attn_fwd
-    return _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **mask)[:2]
+    def run_backward(dout, q, k, v, out, lse, mask):
+        function, grads = getattr(importlib.import_module(module), backward), {"d" + n: torch.empty_like(x) for n, x in
+                                                                               zip("qkv", (q, k, v))}
+        function(dout=dout, q=q, k=k, v=v, out=out, **{names["lse"]: lse, names["causal"]: True}, **grads,
+                 **backward_options, **mask)
+        return tuple(grads.values())
+    return run_forward, run_backward, module
 
-
-def fa4_backward(dout, q, k, v, out, lse, mask):
-    from flash_attn.cute.interface import _flash_attn_bwd
-    return _flash_attn_bwd(q, k, v, out, dout, lse, causal=True, **mask)[:3]
-
-
-def fa3_forward(q, k, v, mask):
-    from flash_attn_interface import _flash_attn_forward
-    return _flash_attn_forward(q, k, v, causal=True, **mask)[:2]
-
-
-def fa3_backward(dout, q, k, v, out, lse, mask):
-    from flash_attn_interface import _flash_attn_backward
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, is_causal=True, **mask)
-    return dq, dk, dv
-
-
-def fa2_forward(q, k, v, mask):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-    return _flash_attn_varlen_forward(q, k, v, causal=True, dropout_p=0.0, **mask)[:2]
-
-
-def fa2_backward(dout, q, k, v, out, lse, mask):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, causal=True, dropout_p=0.0, softcap=0.0,
-                                alibi_slopes=None, deterministic=False, **mask)
-    return dq, dk, dv
-
-
-def torch_mask(cu_seqlens_q, max_seqlen_q, softmax_scale, window_size_left, **_):
-    """The same mask for the operators that torch.nn.attention.varlen.varlen_attn calls."""
-    return ((cu_seqlens_q, cu_seqlens_q, max_seqlen_q, max_seqlen_q, 0.0, False),
-            dict(scale=softmax_scale, window_size_left=window_size_left, window_size_right=0))
-
+def torch_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **window):
+    """A mask for the operators behind torch.nn.attention.varlen.varlen_attn."""
+    return (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False), {"scale": softmax_scale, **window}
 
 def torch_forward(q, k, v, mask):
-    args, options = torch_mask(**mask)
+    args, options = torch_arguments(**mask)
     return torch.ops.aten._flash_attention_forward(q, k, v, *args, return_debug_mask=False, **options)[:2]
 
-
 def torch_backward(dout, q, k, v, out, lse, mask):
-    args, options = torch_mask(**mask)
+    args, options = torch_arguments(**mask)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, *args, *no_dropout, **options)
 
-
-class Backend(NamedTuple):
-    forward: object
-    backward: object
-    capability: tuple[int, int] | None = None  # of the oldest GPU that will do; None: no GPU is needed
-    module: str | None = None  # that must import
-
-
-ATTENTION_BACKENDS = {  # fastest first
-    "flash-attn-4": Backend(fa4_forward, fa4_backward, (9, 0), "flash_attn.cute.interface"),
-    "flash-attn-3": Backend(fa3_forward, fa3_backward, (8, 0), "flash_attn_interface"),
-    "flash-attn-2": Backend(fa2_forward, fa2_backward, (8, 0), "flash_attn.flash_attn_interface"),
-    "torch": Backend(torch_forward, torch_backward, (8, 0)),
-    "reference": Backend(reference_forward, reference_backward),
+ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
+    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd",
+                                 {"lse": "lse", "causal": "causal"}, {"return_lse": True}, {}), (9, 0)),
+    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward",
+                                 {"lse": "softmax_lse", "causal": "is_causal"}, {}, {}), (8, 0)),
+    "flash-attn-2": (*flash_attn("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward",
+                                 "_flash_attn_varlen_backward", {"lse": "softmax_lse", "causal": "causal"},
+                                 {"dropout_p": 0.0}, {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None,
+                                                      "deterministic": False}), (8, 0)),
+    "torch": (torch_forward, torch_backward, "torch", (8, 0)),
+    "reference": (reference_forward, reference_backward, "torch", (0, 0)),
 }
-attention_backend = ATTENTION_BACKENDS["reference"]
-
+attention_forward, attention_backward = reference_forward, reference_backward
 
 def choose_attention(name: str, device: torch.device) -> str:
     """Puts the backend `name` into use, or for "auto" the fastest one that runs on `device`. Returns its name."""
-    global attention_backend
+    global attention_forward, attention_backward
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for candidate in ATTENTION_BACKENDS if name == "auto" else [name]:
-        attention_backend = ATTENTION_BACKENDS[candidate]
-        if attention_backend.capability and capability < attention_backend.capability:
-            reason = "needs a GPU of compute capability {}.{}".format(*attention_backend.capability)
-            continue
+        attention_forward, attention_backward, module, oldest = ATTENTION_BACKENDS[candidate]
+        reason = f"needs a GPU of compute capability {oldest[0]}.{oldest[1]}"
         try:
-            if attention_backend.module:
-                importlib.import_module(attention_backend.module)
-            return candidate
+            if capability >= oldest:
+                importlib.import_module(module)
+                return candidate
         except Exception as error:  # a package built for another torch or CUDA may raise anything
-            reason = f"does not import ({type(error).__name__}: {error})"
+            reason = f"does not import ({type(error).__name__}: {' '.join(str(error).split())})"
     raise UserError(f"--attention {name} {reason}: leave it at auto, or choose another")
-
 
 def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
     return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen.item(),
                 max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
                 window_size_right=0)
 
-
 # A test may import two scripts into one process, and an op's name can be registered but once.
 @torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor]:
-    return attention_backend.forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
-
-
-@attention_op.register_fake
-def _(q, k, v, cu_seqlens, max_seqlen, window, scale):
-    return v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
-
+    return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
 
 @torch.library.custom_op(f"{SCRIPT.stem}::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
                           max_seqlen: Tensor, window: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mask = attention_mask(cu_seqlens, max_seqlen, window, scale)
-    return tuple(x.contiguous() for x in attention_backend.backward(dout.contiguous(), q, k, v, out, lse, mask))
+    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, mask))
 
-
-@attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens, max_seqlen, window, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
+attention_op.register_fake(
+    lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)))
+attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 attention_op.register_autograd(
     lambda ctx, dout, dlse: (*attention_backward_op(dout, *ctx.saved_tensors), None, None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
-
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor | int,
                      window: Tensor | int, scale: Tensor | float) -> Tensor:
     """Causal attention inside each of the documents packed into one row.
 
     q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv). cu_seqlens (documents + 1,) int32: the documents' borders, from 0 to T.
-    max_seqlen: a bound on their length. A query sees `window` keys, the last of them its own. scale: of the scores before
-    the softmax. As 0-D CPU tensors the last three are no part of a compiled graph, and one graph serves a whole run.
+    max_seqlen: a bound on their length. A query sees `window` keys, the last of them its own. scale: of the scores.
+    As 0-D CPU tensors the last three are no part of a compiled graph, and one graph serves a whole run.
     """
     max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
     return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 class StageInputs(NamedTuple):
-    """What changes during a run, as tensors, so that the compiled graphs serve all stages."""
-    max_seqlen: Tensor  # 0-D int, on the CPU like the next three
+    """What changes during a run, as tensors, so that compiled graphs serve all stages; the first four on the CPU."""
+    max_seqlen: Tensor
     short_window: Tensor
     long_window: Tensor
-    scale: Tensor  # 0-D: of the attention scores
-    frequencies: Tensor  # (head_dim / 4,): of the rotary embedding, radians per token
-    loss_weights: Tensor  # (targets ahead,)
-
+    scale: Tensor  # of the attention scores
+    frequencies: Tensor  # (head_dim / 4,), of the rotary embedding, radians per token
+    loss_weights: Tensor  # (tokens ahead,)
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without gain over the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of half of each head; the rest knows no position. x (T, H, D), cos (T, 1, D/4)."""
+    """Rotary embedding (arXiv 2104.09864) of half of each head, (T, H, D) by cos and sin (T, 1, D / 4)."""
     a, b, rest = x.split([x.size(-1) // 4, x.size(-1) // 4, x.size(-1) // 2], dim=-1)
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], dim=-1)
-
 
 def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
     """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens.
 
-    YaRN (arXiv 2309.00071): as the window grows, frequencies that turned less than once in it are slowed down to fit the
-    new one, fast ones stay as they are, and the scores are sharpened a little.
+    YaRN (arXiv 2309.00071): as the window grows, frequencies that turned less than once in it are slowed down to fit
+    the new one, fast ones stay as they are, and the scores are sharpened a little.
     """
     scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
@@ -663,31 +593,32 @@ def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
         scale *= 1 + 0.2 * math.log(new / old)
     return scale, frequencies.float()
 
-
 class Block(nn.Module):
     """One layer. The letters of its word in --layers say what it has:
 
-    s, l  attention with the short, the long window         -  no attention
-    v     a value embedding                                 >  the stream after it is kept      <  and is added to it here
+    s, l  attention with the short, the long window     >  the stream after it is kept ...
+    -     no attention                                  <  ... and added to the stream here
+    v     a value embedding
     """
 
     def __init__(self, word: str, vocab_size: int, dim: int, num_heads: int, dtype: torch.dtype):
         super().__init__()
-        self.word, self.num_heads = word, num_heads
+        self.long, self.keeps, self.num_heads = "l" in word, ">" in word, num_heads
+        self.attends, self.valued, self.takes = "-" not in word, "v" in word, "<" in word
         self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
-        self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))  # down: transposed
-        if "-" not in word:
+        self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
+        if self.attends:
             self.qkv, self.out = (nn.Parameter(torch.empty(*n, dim, dim, dtype=dtype)) for n in ((3,), ()))
-        if "v" in word:
+        if self.valued:
             self.value_table = nn.Parameter(torch.empty(vocab_size, dim, dtype=dtype))
             self.value_gate = nn.Parameter(torch.empty(num_heads, 12))
-        if "<" in word:
+        if self.takes:
             self.skip = nn.Parameter(torch.empty(()))
 
     def attention(self, x, tokens, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
         q, k, v = F.linear(x, self.qkv.flatten(0, 1)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (T, H, D / H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        if "v" in self.word:  # what a token says whatever its context; a gate per head, 1 at first
+        if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
             values = F.embedding(tokens, self.value_table)
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
             v = v + gate[..., None] * values.view_as(v)
@@ -696,25 +627,22 @@ class Block(nn.Module):
     def forward(self, x, x0, kept, *inputs) -> Tensor:
         """x, x0 and, for a `<` layer, kept (T, D); inputs: the other arguments of `attention`. -> (T, D)"""
         x = self.residual * x + self.inject * x0
-        if "<" in self.word:
+        if self.takes:
             x = x + torch.sigmoid(self.skip) * kept
-        if "-" not in self.word:
+        if self.attends:
             x = x + self.attention(norm(x), *inputs)
         return self.mlp_residual * x + F.linear(norm(x), self.up).relu().square() @ self.down
-
 
 class Model(nn.Module):
     """A decoder with a layer for each word of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
 
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        words, dim = args.layers.split(), args.model_dim
-        if not re.fullmatch(r"(([sl]v?|-)( |$))*([sl]v?|-)> (([sl]v?|-) )*([sl]v?|-)<( ([sl]v?|-))*|(([sl]v?|-)( |$))+",
-                            args.layers):
-            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv or -, of which one may end in > and a later '
-                            "one in <")
-        if dim % args.num_heads or dim // args.num_heads % 8:
-            raise UserError(f"--model-dim {dim} must be --num-heads {args.num_heads} times a multiple of 8")
+        words, dim, marks = args.layers.split(), args.model_dim, re.sub("[^<>]", "", args.layers)
+        if not words or not all(re.fullmatch("([sl]v?|-)[<>]?", word) for word in words) or marks not in ("", "><"):
+            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <')
+        if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
+            raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         with torch.device(device):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
@@ -753,47 +681,50 @@ class Model(nn.Module):
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
         x0, cos, sin, position = self.embed(tokens, cu_seqlens, stage.frequencies)
-        x, kept = x0, None
+        x, kept = x0.clone(), None  # not x0 itself: the first block would compile apart from the others of its kind
         for block in self.blocks:
-            window = stage.long_window if "l" in block.word else stage.short_window
-            x = block(x, x0, kept if "<" in block.word else None, tokens, cos, sin, cu_seqlens, stage.max_seqlen, window,
+            window = stage.long_window if block.long else stage.short_window
+            x = block(x, x0, kept if block.takes else None, tokens, cos, sin, cu_seqlens, stage.max_seqlen, window,
                       stage.scale)
-            kept = x if ">" in block.word else kept
+            kept = x if block.keeps else kept
         return x, position
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, vocabulary), fp32, between 0 and 23."""
         return 23 * torch.sigmoid((F.linear(norm(x), self.head).float() + 5) / 7.5)
 
-    def loss(self, x: Tensor, position: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Cross-entropy summed over tokens, 0-D fp32. weights[k] is that of the token k + 1 ahead, if it is of the same
-        document: multi-token prediction (arXiv 2404.19737) with one head for all."""
-        total, columns = torch.zeros((), device=x.device), torch.arange(self.vocab_size, device=x.device)
-        for start in range(0, len(x), self.args.loss_chunk_tokens):  # no tensor is larger than a chunk's logits
-            chunk = slice(start, start + self.args.loss_chunk_tokens)
-            logits, chosen, weight_sum = self.logits(x[chunk]), 0.0, 0.0
-            for ahead, weight in enumerate(weights.unbind()):
-                weight = weight * (position.roll(-ahead)[chunk] == position[chunk] + ahead)
-                target = targets.roll(-ahead)[chunk, None]
-                chosen = chosen + weight * torch.where(columns == target, logits, 0.0).sum(1)
-                weight_sum = weight_sum + weight
-            # exponentials of logits below 23 add up safely: there is no maximum to take off first
-            total = total + (weight_sum * logits.exp().sum(1).log() - chosen).sum()
-        return total
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted cross-entropy of x (T, D) for its targets (T, ahead) by weights (T, ahead), summed, 0-D fp32."""
+        logits, columns, chosen, weight_sum = self.logits(x), torch.arange(self.vocab_size, device=x.device), 0.0, 0.0
+        for ahead, weight in enumerate(weights.unbind(1)):
+            chosen = chosen + weight * torch.where(columns == targets[:, ahead, None], logits, 0.0).sum(1)
+            weight_sum = weight_sum + weight
+        # exponentials of logits below 23 add up safely: there is no maximum to take off first
+        return (weight_sum * logits.exp().sum(1).log() - chosen).sum()
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
-        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens."""
-        return self.loss(*self.hidden(tokens, cu_seqlens, stage), targets, stage.loss_weights)
+        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32.
+
+        A token also predicts the tokens after its target as far as they are of its document, with the stage's loss
+        weights: multi-token prediction (arXiv 2404.19737) with one head for all.
+        """
+        x, position = self.hidden(tokens, cu_seqlens, stage)
+        ahead = range(len(stage.loss_weights))
+        later = torch.stack([targets.roll(-k) for k in ahead], 1)
+        weights = stage.loss_weights * torch.stack([position.roll(-k) == position + k for k in ahead], 1)
+        chunks = (part.split(self.args.loss_chunk_tokens) for part in (x, later, weights))
+        return torch.stack([self.loss(*chunk) for chunk in zip(*chunks)]).sum()  # no tensor outgrows a chunk's logits
 
     def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
         """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
         args, stage = self.args, self.args.stages[index]
         following = args.stages[min(index + 1, len(args.stages) - 1)]
-        (short, long), bound = (args.val_windows, args.val_row_tokens) if validation else (stage.windows, stage.document_tokens)
+        windows, bound = stage.windows, stage.document_tokens
         weights = [(1 - progress) * a + progress * b for a, b in zip(stage.loss_weights, following.loss_weights)]
-        weights = [1.0] + [0.0] * (len(weights) - 1) if validation else weights
+        if validation:
+            windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
         scale, frequencies = yarn([row.windows[1] for row in args.stages[:index + 1]], args.model_dim // args.num_heads)
-        numbers = (torch.tensor(x) for x in (bound, short, long, scale))
+        numbers = (torch.tensor(x) for x in (bound, *windows, scale))
         return StageInputs(*numbers, *(x.to(self.head.device) for x in (frequencies, torch.tensor(weights))))
 
     def param_groups(self) -> list[ParamGroup]:
@@ -819,14 +750,15 @@ class Model(nn.Module):
         """Parameters: all, those in matrix products (what a FLOP count needs), those looked up in tables."""
         sizes = {name: p.numel() for name, p in self.named_parameters() if p.ndim > 1}
         tables = sum(size for name, size in sizes.items() if name.endswith(("embedding", "value_table")))
-        return {"total": sum(p.numel() for p in self.parameters()), "matmul": sum(sizes.values()) - tables, "tables": tables}
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "matmul": sum(sizes.values()) - tables, "tables": tables}
 
     def windows(self) -> list[int]:
         """The window of each layer that attends, in the last stage."""
-        return [self.args.stages[-1].windows["l" in block.word] for block in self.blocks if "-" not in block.word]
+        return [self.args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
 
     def flops_per_token(self, context: int) -> float:
-        """Training FLOPs per token in documents of `context` tokens: 6 per matrix weight, 12 per key seen and channel."""
+        """Training FLOPs per token in documents of `context` tokens: 6 a matrix weight, 12 a key seen and channel."""
         seen = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in (min(w, context) for w in self.windows()))
         return 6 * self.num_params()["matmul"] + 12 * self.args.model_dim * seen
 
@@ -834,11 +766,9 @@ class Model(nn.Module):
         """Bytes of keys and values, in bf16, that decoding keeps after `context` tokens."""
         return sum(4 * self.args.model_dim * min(window, context) for window in self.windows())
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -848,8 +778,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # short and long attention window, in tokens
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; they move on to the next row's during the stage
-
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
 
 @dataclass
 class Hyperparameters:
@@ -860,7 +789,7 @@ class Hyperparameters:
     max_tokens: int = 640_000_000  # tokens to train on; the stages, the cooldown and the momentum stretch with it
     target: float = 3.28  # validation loss to reach, nats per token
     val_tokens: int = 10_485_760  # the first so many validation tokens are the validation set
-    val_row_tokens: int = 262_144  # validation tokens in one forward pass; rows cut documents, so the loss depends on it
+    val_row_tokens: int = 262_144  # validation tokens in a forward pass; such rows cut documents, so the loss changes
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
     attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
@@ -873,7 +802,7 @@ class Hyperparameters:
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
     loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
-    document_tails: Literal["continue", "drop"] = "continue"  # the rest of a document that was cut: a new piece, or lost
+    document_tails: Literal["continue", "drop"] = "continue"  # the rest of a cut document: a new piece, or lost
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25)),
         Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0)),
@@ -905,10 +834,8 @@ class Hyperparameters:
     adamw_lr: float = 0.002  # everything, with --optimizer adamw
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
 
-
 def sample_stage(steps: float, windows: tuple[int, int]) -> Stage:
     return Stage(steps, 8192, 1024, windows, 1.0, (1.0,))
-
 
 PRESETS = {
     "speedrun": Hyperparameters(),
@@ -925,9 +852,8 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
-# flags in which a run and its resumption may differ
-FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens", "val_every"}
-
+FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
+              "val_every"}  # in which a run and its resumption may differ
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
@@ -937,10 +863,12 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
+        if len({len(stage.loss_weights) for stage in args.stages}) > 1:
+            raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
         for batch in self.batches:
             if batch % (args.row_tokens * world.size):
-                raise UserError(f"{world.size} ranks cannot share a batch of {batch} tokens in rows of {args.row_tokens}: take "
-                                f"another number of ranks, or rows that divide {batch / world.size:.0f} (--row-tokens)")
+                raise UserError(f"{world.size} ranks cannot share a batch of {batch} tokens in rows of "
+                                f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
         self.steps = int(args.max_tokens / (parts @ self.batches))
         if self.steps < 1:
             raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")
@@ -949,8 +877,8 @@ class Schedule:
 
     def tokens_until(self, step: int) -> int:
         """Tokens trained on before `step`."""
-        starts = [0, *self.ends[:-1]]
-        return sum(max(0, min(step, end) - start) * n for start, end, n in zip(starts, self.ends, self.batches))
+        rows = zip([0, *self.ends], self.ends, self.batches)
+        return sum(max(0, min(step, end) - start) * batch_tokens for start, end, batch_tokens in rows)
 
     def stage(self, step: int) -> tuple[int, float]:
         """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
@@ -960,20 +888,21 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         begin, end = self.args.cooldown
-        cooled = min(max((step / self.steps - begin) / (end - begin), 0), 1)
+        cooled = min(max((step / self.steps - begin) / max(end - begin, 1e-9), 0), 1)
         return (1 - cooled) * self.args.stages[self.stage(step)[0]].lr + cooled * self.args.lr_floor
 
     def momentum(self, step: int) -> float:
         (low, high), (rise, fall), done = self.args.muon_momentum, self.args.muon_ramps, (step + 1) / self.steps
-        return low + (high - low) * min(1, done / rise, (1 - done) / fall)
-
+        return low + (high - low) * min(1, done / max(rise, 1e-9), (1 - done) / max(fall, 1e-9))
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
 
     def __init__(self, args: "Hyperparameters", world: World):
-        self.args, self.world, self.stamp = args, world, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+        self.args, self.world = args, world
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
+        if args.compile and world.gpu:  # Triton's compilers start up while flash-attn imports
+            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
         self.attention = choose_attention(args.attention, world.device)
         self.loader = TrainLoader(self.data, world, args.row_tokens, args.micro_batch_tokens, args.document_tails)
         self.val_rows = val_rows(self.data, world, args.val_tokens, args.val_row_tokens)
@@ -991,15 +920,20 @@ class Run:
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
         self.file = None
         if world.rank == 0:
-            name = f"{self.stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt"
+            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(args.out) / name, "w", buffering=1)
+            self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1)
 
     def log(self, text: str, console: bool = True):
         if self.file:
             print(text, file=self.file)
             if console:
                 print(text, flush=True)
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
+        if self.args.compile:
+            torch._dynamo.mark_dynamic(batch[2], 0)  # the number of documents varies, and must not recompile
+        return self.model(*batch, stage)
 
     def warm_up(self):
         """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
@@ -1017,20 +951,17 @@ class Run:
         for bank in self.optimizer.banks.values():
             bank.reset()
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        if self.args.compile:
-            torch._dynamo.mark_dynamic(batch[2], 0)  # the number of documents varies, and must not recompile
-        return self.model(*batch, stage)
-
     @torch.no_grad()
     def validate(self) -> float:
         """Mean cross-entropy of the next token over the validation set, nats."""
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
-        total = sum(self.loss(batch, stage).double() for batch in self.val_rows)
-        return self.world.sum(torch.as_tensor(total, device=self.world.device)).item() / self.args.val_tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in self.val_rows:
+            total += self.loss(batch, stage)
+        return self.world.sum(total).item() / self.args.val_tokens
 
     def train_step(self):
-        """One step of the optimiser. On a GPU its loss is read a step later, so that the GPU never waits for the log."""
+        """One step of the optimiser. On a GPU its loss is read a step later, so that it never waits for the log."""
         index, progress = self.schedule.stage(self.step)
         row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
         report = torch.tensor([0.0, float(self.stop_here)], device=self.world.device)
@@ -1047,24 +978,25 @@ class Run:
             self.read_report()
 
     def read_report(self):
-        """Waits for the loss of the last step that was not read yet and writes its line."""
+        """Waits for the loss of the last step that was not read yet, and writes its line."""
         if not self.unread:
             return
         (step, batch_tokens, report), self.unread = self.unread, None
         loss, stop = report.tolist()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the training loss is {loss}. Last checkpoint: {self.saved}. Try a lower "
-                                     "learning rate (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
+            raise FloatingPointError(f"step {step}: the training loss is {loss}. Last checkpoint: {self.saved}. Try "
+                                     "lower learning rates (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
         self.stop |= stop > 0
         now, done = self.clock(), self.schedule.tokens_until(step)
         seconds, self.last_report = now - self.last_report, now
         utilisation = self.utilisation(batch_tokens / seconds)
+        mfu = f" mfu:{utilisation:.3f}" if utilisation else ""
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
-                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}"
-                 + (f" mfu:{utilisation:.3f}" if utilisation else "") + f" ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
+                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
+                 f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
 
     def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs over the GPUs' dense bf16 peak; None if that is not known."""
+        """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
         name = torch.cuda.get_device_name() if self.world.gpu else ""
         peak = next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
         context = round(self.schedule.tokens_until(self.step) / max(1, self.loader.pieces))
@@ -1085,18 +1017,16 @@ class Run:
 
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
-        folder = Path(self.args.checkpoint or self.args.out)
+        previous, self.saved = self.saved, Path(self.args.checkpoint or self.args.out) / f"{name}.pt"
         state = {
-            "format": 1, "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": plain(self.args),
-            "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "step": self.step,
+            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": plain(self.args), "step": self.step,
+            "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
             "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
             "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-            "position": self.loader.position, "pieces": self.loader.pieces, "seconds": self.seconds,
-            "val_loss": self.val_loss, "rng": torch.get_rng_state(),
+            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state(),
         }
-        previous, self.saved = self.saved, folder / f"{name}.pt"
         if self.world.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
             if previous and previous != self.saved:
                 previous.unlink(missing_ok=True)
@@ -1107,13 +1037,13 @@ class Run:
         """The state of a run that this one can take up, also with another number of ranks."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            its, mine = state["args"], plain(self.args)
-            other = [f"{flag} is {mine.get(flag)} here and {its.get(flag)} there" for flag in its | mine
-                     if flag not in FREE_FLAGS and mine.get(flag) != its.get(flag)]
-            other += [f"{SCRIPT.name} is not {state['script']}"] * (SCRIPT.name != state["script"])
-            other += ["the shards differ"] * (self.data.fingerprint != state["dataset"]["fingerprint"])
+            its, mine = ({"script": x, "shards": y, **z} for x, y, z in (
+                (state["script"], state["dataset"]["fingerprint"], state["args"]),
+                (SCRIPT.name, self.data.fingerprint, plain(self.args))))
         except Exception as error:  # torch.load raises anything on a file that is not its own
-            raise UserError(f"--resume {path} is no checkpoint of this script ({type(error).__name__}): give another") from error
+            raise UserError(f"--resume {path} is no checkpoint of this script ({type(error).__name__})") from error
+        other = [f"{flag} is {mine.get(flag)} here and {its.get(flag)} there" for flag in its | mine
+                 if flag not in FREE_FLAGS and mine.get(flag) != its.get(flag)]
         if other:
             raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
         return state
@@ -1125,26 +1055,23 @@ class Run:
         for name, bank in self.optimizer.banks.items():
             bank.load_state_dict(state["optimizer"][name])
         torch.set_rng_state(state["rng"])
-        self.step, self.seconds, self.val_loss = state["step"], state["seconds"], state["val_loss"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.loader.position, self.loader.pieces = state["position"], state["pieces"]
-        self.saved = None  # the file that was resumed from stays
 
     @torch.no_grad()
     def sample(self, length: int = 200) -> str:
         """Text from the model, `length` characters at most, at temperature 0.8. No cache: it is short."""
-        sys.path.append(str(REPOSITORY))
+        sys.path += map(str, SCRIPT.parents[:2])  # the repository is the folder of this script, or the one above
         from data.tokenize_text import decode
-        generator = torch.Generator(self.world.device).manual_seed(self.args.seed)
-        tokens, text = [self.data.separator], ""
+        generator, tokens = torch.Generator(self.world.device).manual_seed(self.args.seed), [self.data.separator]
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
-        with torch.compiler.set_stance("force_eager"):  # its length changes with every token
-            while len(text) < length and len(tokens) <= length:
+        with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+            while len(tokens) <= length and len(text := decode(tokens[1:], self.data.about)) < length:
                 context = torch.tensor(tokens, device=self.world.device)
                 borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.world.device)
-                x, _ = self.model.hidden(context, borders, stage)
-                logits = self.model.logits(x[-1:])[0, :self.data.vocab_size] / 0.8
-                tokens.append(torch.multinomial(logits.softmax(0), 1, generator=generator).item())
-                text = decode(tokens[1:], self.data.about)
+                logits = self.model.logits(self.model.hidden(context, borders, stage)[0][-1:])
+                probs = (logits[0, :self.data.vocab_size] / 0.8).softmax(0)
+                tokens.append(torch.multinomial(probs, 1, generator=generator).item())
         return text[:length]
 
     def environment(self) -> dict:
@@ -1152,15 +1079,15 @@ class Run:
             done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=SCRIPT.parent)
             return done.stdout.strip() if done.returncode == 0 else None
 
-        device = torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU"
         return {
-            "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(), "command": sys.argv,
-            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "--untracked-files=no"),
+            "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain"), "command": sys.argv,
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "triton": getattr(sys.modules.get("triton"), "__version__", None), "numpy": np.__version__,
-            "platform": platform.platform(), "device": device, "threads": torch.get_num_threads(),
-            "world_size": self.world.size, "attention": self.attention, "dataset": self.data.about["name"],
-            "fingerprint": self.data.fingerprint, "params": self.model.num_params(), "args": plain(self.args),
+            "device": torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU",
+            "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
+            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
+            "args": plain(self.args),
         }
 
     def train(self):
@@ -1177,6 +1104,8 @@ class Run:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
         self.loader.stream.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
         self.last_report, epoch = self.seconds, self.loader.epoch
+        gc.freeze()
+        gc.enable()
         self.log(f"startup:{(startup := time.perf_counter() - process_start):.1f}s")
         self.start_clock()
         while True:
@@ -1190,38 +1119,36 @@ class Run:
             self.train_step()
             if self.loader.epoch > epoch:
                 epoch = self.loader.epoch
-                self.log(f"epoch:{epoch} all {self.loader.stream.epoch_tokens} training tokens were read, and again they come")
-            if self.stop or (args.checkpoint and args.save_every and self.step % args.save_every == 0 and self.step < steps):
+                self.log(f"epoch:{epoch} begins, all {self.loader.stream.epoch_tokens} training tokens have been read")
+            save = args.checkpoint and args.save_every and self.step % args.save_every == 0
+            if self.stop or (save and self.step < steps):
                 self.stop_clock()
                 self.save(f"{SCRIPT.stem}_step{self.step:06d}")
                 if self.stop:
-                    self.log(f"stopped by SIGTERM after step {self.step}; go on with the same flags and --resume {self.saved}")
+                    self.log(f"stopped by SIGTERM: go on with the same flags and --resume {self.saved}")
                     return
                 self.start_clock()
         if args.checkpoint:
             self.save(f"{SCRIPT.stem}_final")
         speed, reached = self.schedule.tokens / self.seconds, self.val_loss <= args.target
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None
-        self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target}, in "
-                 f"{self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
+        self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target},"
+                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
         self.log(json.dumps({
             "val_loss": self.val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
             "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
-            "mfu": self.utilisation(speed), "peak_memory_mib": peak, "val_tokens": args.val_tokens, **environment}))
-
+            "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment}))
 
 def plain(args: "Hyperparameters") -> dict:
     """The hyperparameters as JSON knows them."""
     return json.loads(json.dumps(dataclasses.asdict(args)))
-
 
 def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     """Flags to hyperparameters: --preset picks the defaults, the other flags change one each."""
     preset = re.search(r"(?:^| )--preset[= ](\w+)", " ".join(argv))
     default = PRESETS.get(preset[1] if preset else "speedrun", PRESETS["speedrun"])
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
-
 
 def main():
     quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
@@ -1234,7 +1161,6 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
-
 
 if __name__ == "__main__":
     main()

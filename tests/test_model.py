@@ -1,0 +1,517 @@
+"""Tests of the architecture: what a hidden state depends on, the loss, the stage table, the counts, and the flags."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import types
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt as gpt
+
+CPU = torch.device("cpu")
+VOCAB = 257
+SHORT, LONG = 3, 5  # attention windows of most tests
+LAYERS = "s sv l> -< lv"
+REACH = 2 * (SHORT - 1) + 2 * (LONG - 1) + 1  # how far back LAYERS see, with the smear
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    gpt.choose_attention("reference", CPU)
+
+
+def stage(**changes) -> gpt.Stage:
+    return dataclasses.replace(gpt.Stage(0.25, 1024, 512, (SHORT, LONG), 1.0, (1.0,)), **changes)
+
+
+def tiny(**changes) -> gpt.Hyperparameters:
+    defaults = {"layers": LAYERS, "model_dim": 32, "num_heads": 2, "stages": (stage(),) * 4, "val_windows": (7, 9),
+                "val_row_tokens": 300}
+    return dataclasses.replace(gpt.PRESETS["sample"], **(defaults | changes))
+
+
+def random_model(seed=0, **changes) -> gpt.Model:
+    """A float64 model in which no parameter is zero or special, so that everything has an effect."""
+    model = gpt.Model(tiny(**changes), VOCAB, CPU, torch.float32).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            std = 1 / math.sqrt(param.size(-1)) if param.ndim > 1 else 0.5
+            param.copy_(std * torch.randn(param.shape) + (1 if param.ndim == 0 else 0))
+        model.embedding.normal_()
+    return model
+
+
+def borders(*lengths) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def random_tokens(count, seed=0) -> Tensor:
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def hidden(model, tokens, *lengths, index=0) -> Tensor:
+    with torch.no_grad():
+        return model.hidden(tokens, borders(*lengths), model.stage_inputs(index))[0]
+
+
+def assert_near(x, y, tolerance=1e-10):
+    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# A second model, written from the docstrings: one document, no packing, loops over heads
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def turned(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Rotary embedding of x (T, d), as complex numbers; its second half stays."""
+    quarter = x.size(1) // 4
+    angles = torch.arange(len(x))[:, None] * frequencies.double()
+    z = torch.complex(x[:, :quarter], x[:, quarter:2 * quarter]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([z.real, z.imag, x[:, 2 * quarter:]], 1)
+
+
+def naive_attention(block, word, x, tokens, heads, scale, frequencies) -> Tensor:
+    window, width, outputs = LONG if "l" in word else SHORT, x.size(1) // heads, []
+    ago = torch.arange(len(x))[:, None] - torch.arange(len(x))
+    for head in range(heads):
+        q, k, v = (x @ w[head * width:(head + 1) * width].T for w in block.qkv)
+        if "v" in word:
+            values = block.value_table[tokens]
+            gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ block.value_gate[head])
+            v = v + gate[:, None] * values[:, head * width:(head + 1) * width]
+        scores = turned(rms(q), frequencies) @ turned(rms(k), frequencies).T * scale
+        outputs.append(scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(1) @ v)
+    return torch.cat(outputs, 1) @ block.out.T
+
+
+def naive_hidden(model, tokens) -> Tensor:
+    words, heads = model.args.layers.split(), model.args.num_heads
+    scale, frequencies = gpt.yarn([LONG], model.args.model_dim // heads)
+    x = model.embedding[tokens]
+    smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
+    x0, kept = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None
+    x = x0
+    for word, block in zip(words, model.blocks):
+        x = block.residual * x + block.inject * x0
+        x = x + torch.sigmoid(block.skip) * kept if "<" in word else x
+        if "-" not in word:
+            x = x + naive_attention(block, word, rms(x), tokens, heads, scale, frequencies)
+        x = block.mlp_residual * x + (rms(x) @ block.up.T).relu() ** 2 @ block.down
+        kept = x if ">" in word else kept
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", LAYERS])
+def test_each_kind_of_layer_equals_a_naive_model(layers):
+    model, tokens = random_model(layers=layers), random_tokens(40)
+    assert_near(hidden(model, tokens, 40), naive_hidden(model, tokens), 1e-6)  # the rotary embedding is in fp32
+
+
+def test_value_tables_and_skips_are_where_the_words_say():
+    model = random_model(layers="s sv - l> lv s<")
+    has = {name: [hasattr(block, name) for block in model.blocks] for name in ("qkv", "out", "value_table", "skip")}
+    assert has["qkv"] == has["out"] == [True, True, False, True, True, True]
+    assert has["value_table"] == [False, True, False, False, True, False]
+    assert has["skip"] == [False] * 5 + [True]
+
+
+# What a hidden state depends on
+
+
+def test_a_token_changes_no_hidden_state_before_it_and_some_after():
+    model, tokens = random_model(stages=(stage(windows=(30, 200)),) * 4), random_tokens(200)
+    before = hidden(model, tokens, 200)
+    for place in (1, 57, 199):
+        other = tokens.clone()
+        other[place] = (other[place] + 1) % VOCAB
+        after = hidden(model, other, 200)
+        assert_near(after[:place], before[:place])
+        assert (after[place:] - before[place:]).abs().amax(1).gt(1e-6).all()
+
+
+@pytest.mark.parametrize("layers, reach", [
+    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1)])
+def test_a_hidden_state_depends_on_its_own_document_as_far_back_as_the_windows_reach(layers, reach):
+    """By gradients, exactly: causality, document borders, windows, and that nothing in reach is missing."""
+    model, lengths = random_model(layers=layers), (30, 1, 20, 25)
+    tokens = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))[:76]  # all differ: one row per token
+    x, _ = model.hidden(tokens, borders(*lengths), model.stage_inputs(0))
+    tables = [param for name, param in model.named_parameters() if name.endswith(("embedding", "value_table"))]
+    for place in (0, 29, 30, 31, 32, 50, 51, 75):
+        start = max(start for start in (0, 30, 31, 51) if start <= place)
+        grads = torch.autograd.grad(x[place].square().sum(), tables, retain_graph=True, materialize_grads=True)
+        seen = sum(grad[tokens].abs().sum(1) for grad in grads) > 0
+        assert seen.nonzero().flatten().tolist() == list(range(max(start, place - reach), place + 1)), place
+
+
+def test_documents_do_not_leak_into_each_other():
+    model, lengths = random_model(stages=(stage(windows=(50, 500)),) * 4), (5, 1, 40, 17, 0, 60)
+    tokens = random_tokens(sum(lengths))
+    before = hidden(model, tokens, *lengths)
+    for start, end in zip(borders(*lengths).tolist(), borders(*lengths)[1:].tolist()):
+        other = tokens.clone()
+        other[start:end] = (other[start:end] + 1) % VOCAB
+        after = hidden(model, other, *lengths)
+        inside = (torch.arange(len(tokens)) >= start) & (torch.arange(len(tokens)) < end)
+        assert_near(after[~inside], before[~inside])
+        assert (after[inside] - before[inside]).abs().gt(1e-6).any() or start == end
+        if start < end:
+            assert_near(before[start:end], hidden(model, tokens[start:end], end - start))  # as if it were alone
+
+
+def test_empty_documents_change_nothing():
+    model, tokens = random_model(), random_tokens(60)
+    assert_near(hidden(model, tokens, 0, 20, 0, 0, 40, 0, 0), hidden(model, tokens, 20, 40))
+
+
+def test_validation_sees_its_own_windows():
+    model, tokens = random_model(layers="l", val_windows=(7, 9)), torch.arange(60)
+    x, _ = model.hidden(tokens, borders(60), model.stage_inputs(0, validation=True))
+    (grad,) = torch.autograd.grad(x[-1].sum(), model.embedding)
+    assert grad.abs().sum(1).nonzero().flatten().tolist() == list(range(60 - 9 - 1, 60))  # the smear sees one more
+
+
+def test_scores_depend_on_relative_position_only():
+    model = random_model()
+    _, cos, sin, position = model.embed(random_tokens(100), borders(40, 60), torch.tensor([1.0, 0.3, 0.05, 0.001]))
+    assert position.tolist() == [*range(40), *range(60)]
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator).expand(2, 100, 1, 16)
+    scores = gpt.rotate(q, cos, sin)[:, 0] @ gpt.rotate(k, cos, sin)[:, 0].T
+    for ago in (0, 1, 30):
+        diagonal = scores[40:, 40:].diagonal(-ago)
+        assert_near(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert scores[99, 40:].diff().abs().min() > 1e-4  # and they do depend on it
+    assert torch.equal(gpt.rotate(q, cos, sin)[..., 8:], q[..., 8:])
+    assert_near(gpt.rotate(q, cos, sin).norm(dim=-1), q.norm(dim=-1), 1e-6)
+
+
+# The loss
+
+
+def naive_loss(model, x, targets, lengths, weights) -> Tensor:
+    total = 0.0
+    logits = 23 * torch.sigmoid((rms(x.double()) @ model.head.double().T + 5) / 7.5)
+    for start, end in zip(borders(*lengths).tolist(), borders(*lengths)[1:].tolist()):
+        for ahead, weight in enumerate(weights):
+            if end - start > ahead:
+                predicted, actual = logits[start:end - ahead], targets[start + ahead:end]
+                total += weight * F.cross_entropy(predicted, actual, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.5, 0.25), (0.5, 0.0), (1.0, 0.0, 0.0, 0.7)])
+def test_loss_equals_naive_cross_entropy(weights):
+    """Each token ahead is predicted where it is of the same document, with its weight; logits are capped at 23."""
+    lengths = (1, 2, 3, 0, 50, 44)
+    model = random_model(stages=(stage(loss_weights=weights),) * 4)
+    tokens, targets = random_tokens(100), random_tokens(100, seed=1)
+    with torch.no_grad():
+        model.head.mul_(5)  # so that the cap is felt
+        loss = model(tokens, targets, borders(*lengths), model.stage_inputs(0))
+        want = naive_loss(model, hidden(model, tokens, *lengths), targets, lengths, weights)
+    assert loss.ndim == 0 and loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_chunks_of_the_loss_change_neither_it_nor_its_gradients(chunk):
+    results, tokens, targets = [], random_tokens(100), random_tokens(100, seed=1)
+    for loss_chunk_tokens in (chunk, 1000):
+        model = random_model(loss_chunk_tokens=loss_chunk_tokens, stages=(stage(loss_weights=(1.0, 0.5)),) * 4)
+        loss = model(tokens, targets, borders(30, 70), model.stage_inputs(0))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for x, y in zip(*results):
+        assert_near(x, y, 1e-4)
+
+
+@pytest.mark.parametrize("vocab_size, padded", [(257, 384), (384, 384), (50257, 50304)])
+def test_initial_loss_is_the_logarithm_of_the_padded_vocabulary(vocab_size, padded):
+    model = gpt.Model(tiny(model_dim=16, num_heads=1, layers="s"), vocab_size, CPU, torch.float32)
+    model.initialise(0)
+    loss = model(random_tokens(64), random_tokens(64, seed=1), borders(64), model.stage_inputs(0))
+    assert loss.item() / 64 == pytest.approx(math.log(padded), rel=1e-5)
+
+
+def test_initialisation_depends_on_the_seed_alone_and_passes_the_stream_through():
+    models = [gpt.Model(tiny(), VOCAB, CPU, torch.float32) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2)):
+        torch.rand(seed)  # whatever the generator did before
+        model.initialise(seed)
+    first, again, other = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.qkv"], other["blocks.0.qkv"])
+    for block in models[0].blocks:
+        assert not block.down.any() and not (hasattr(block, "out") and block.out.any())
+        assert block.up.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
+    x, x0 = hidden(models[0], random_tokens(50), 50), gpt.norm(models[0].embedding[random_tokens(50)])
+    assert F.cosine_similarity(x, x0, dim=1).min() > 0.9999
+
+
+def test_gradients_reach_every_parameter():
+    model = random_model()
+    model(random_tokens(60), random_tokens(60, seed=1), borders(60), model.stage_inputs(0)).backward()
+    assert not [name for name, param in model.named_parameters() if param.grad is None or not param.grad.any()]
+
+
+# Compilation
+
+
+def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(monkeypatch):
+    """Stages, validation windows and numbers of documents recompile nothing."""
+    stages = tuple(stage(windows=(3, long), loss_weights=(1.0, weight)) for long, weight in
+                   ((5, 0.5), (9, 0.5), (30, 0.0), (80, 0.0)))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
+    monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    torch._dynamo.reset()
+    eager, compiled = (random_model(stages=stages).float() for _ in range(2))
+    compiled.compile()
+    graphs, frames = [], [(0, (90,)), (1, (90,)), (2, (40, 50)), (3, (1, 9, 0, 80)), (1, (30, 60))]
+    for index, lengths in frames:
+        cu_seqlens = borders(*lengths)
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        results = []
+        for model in (eager, compiled):
+            loss = model(tokens, targets, cu_seqlens, model.stage_inputs(index, 0.3))
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for x, y in zip(*results):
+            assert_near(x, y, 1e-3)
+        graphs.append(counter.frame_count)
+    assert graphs[0] >= 3 and set(graphs) == {graphs[0]}, graphs
+
+
+# The stage table
+
+
+def test_yarn_of_one_window_is_plain_rotary():
+    for windows in ([500], [500, 500], [500] * 4):
+        scale, frequencies = gpt.yarn(windows, 64)
+        assert scale == 0.1 and frequencies.dtype == torch.float32
+        assert_near(frequencies, torch.logspace(0, -math.log10(1024), 16), 1e-6)
+
+
+def test_yarn_slows_slow_frequencies_and_keeps_fast_ones():
+    _, plain = gpt.yarn([400], 128)
+    scale, frequencies = gpt.yarn([400, 1000], 128)
+    turns, factor = plain * 400 / (2 * math.pi), frequencies / plain
+    assert (turns > 32).any() and (turns < 1).any()
+    assert_near(factor[turns > 32], torch.ones_like(factor[turns > 32]), 1e-6)
+    assert_near(factor[turns < 1], torch.full_like(factor[turns < 1], 0.4), 1e-6)
+    between = factor[(turns > 1) & (turns < 32)]
+    assert ((between > 0.4) & (between < 1)).all() and (factor.diff() <= 1e-7).all()
+    assert scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2.5)))
+
+
+def test_yarn_compounds_over_stages():
+    """Two doublings slow a slow frequency fourfold, and sharpen twice."""
+    scale, frequencies = gpt.yarn([64, 128, 256], 64)
+    assert frequencies[-1] * 4 == pytest.approx(1 / 1024) and scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** 2)
+
+
+STAGES = (stage(windows=(2, 64), document_tokens=100, loss_weights=(1.0, 0.5)),
+          stage(windows=(3, 128), document_tokens=200, loss_weights=(0.8, 0.5)),
+          stage(windows=(4, 256), document_tokens=300, loss_weights=(0.6, 0.0)),
+          stage(windows=(5, 512), document_tokens=400, loss_weights=(0.4, 0.2)))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_stage_inputs_are_the_row_of_the_table(index):
+    inputs = random_model(stages=STAGES).stage_inputs(index)
+    scale, frequencies = gpt.yarn([64, 128, 256, 512][:index + 1], 16)
+    assert [x.item() for x in inputs[:3]] == [100 * (index + 1), index + 2, 64 * 2**index]
+    assert inputs.scale.item() == pytest.approx(scale) and torch.equal(inputs.frequencies, frequencies)
+    assert inputs.loss_weights.tolist() == pytest.approx(list(STAGES[index].loss_weights))
+    assert all(x.ndim == 0 and x.device == CPU for x in inputs[:4])
+
+
+def test_loss_weights_move_on_to_the_next_row_during_a_stage():
+    model = random_model(stages=STAGES)
+    assert model.stage_inputs(0, 0.25).loss_weights.tolist() == pytest.approx([0.95, 0.5])
+    assert model.stage_inputs(1, 0.5).loss_weights.tolist() == pytest.approx([0.7, 0.25])
+    assert model.stage_inputs(2, 1.0).loss_weights.tolist() == pytest.approx([0.4, 0.2])
+    assert model.stage_inputs(3, 0.5).loss_weights.tolist() == pytest.approx([0.4, 0.2])  # there is no next row
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_validation_predicts_the_next_token_alone(index):
+    model = random_model(stages=STAGES)
+    training, inputs = model.stage_inputs(index, 0.5), model.stage_inputs(index, 0.5, validation=True)
+    assert [x.item() for x in inputs[:3]] == [300, 7, 9]
+    assert inputs.loss_weights.tolist() == [1.0, 0.0]
+    assert inputs.scale == training.scale and torch.equal(inputs.frequencies, training.frequencies)
+
+
+# Counts
+
+
+@pytest.fixture(scope="module")
+def speedrun() -> gpt.Model:
+    return gpt.Model(gpt.PRESETS["speedrun"], 50257, torch.device("meta"), torch.bfloat16)
+
+
+def test_num_params_of_the_speedrun(speedrun):
+    table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
+    matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
+    scalars = 11 * 3 + 1 + 1 + 12  # of the stream, the skip, the smear and its gate
+    assert speedrun.num_params() == {"total": matrices + 7 * table + gates + scalars,  # embedding, head, 5 value tables
+                                     "matmul": matrices + table + gates, "tables": 6 * table}
+
+
+@pytest.mark.parametrize("context", [1, 500, 768, 1000, 5000])
+def test_flops_per_token_of_the_speedrun(speedrun, context):
+    def mean_keys(window):
+        return sum(min(i, window) for i in range(1, context + 1)) / context
+
+    keys = 8 * mean_keys(768) + 2 * mean_keys(1664)  # s s s s s s s s and l l
+    attention = 3 * 2 * 2 * 768 * keys  # forward and twice that backward; scores and values; 2 per multiply-add
+    weights = 6 * (11 * 8 * 768**2 + 10 * 4 * 768**2 + 50304 * 768 + 5 * 6 * 12)
+    assert speedrun.flops_per_token(context) == pytest.approx(weights + attention)
+
+
+@pytest.mark.parametrize("context, keys", [(1, 10), (768, 7680), (1000, 8 * 768 + 2000), (9999, 8 * 768 + 2 * 1664)])
+def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
+    assert speedrun.cache_bytes(context) == keys * 768 * 2 * 2  # a key and a value, 2 bytes each
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
+                                    "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-"])
+def test_wrong_layers_are_refused_in_one_line(layers):
+    with pytest.raises(gpt.UserError, match="--layers") as refusal:
+        gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
+    assert "\n" not in str(refusal.value) and layers in str(refusal.value)
+
+
+@pytest.mark.parametrize("dim, heads", [(36, 2), (33, 2), (32, 3), (32, 8), (32, 0), (8, 1)])
+def test_wrong_widths_are_refused_in_one_line(dim, heads):
+    """Heads of a multiple of 8 channels, at least one head, and the 12 channels that gates read."""
+    with pytest.raises(gpt.UserError, match="--model-dim|--num-heads") as refusal:
+        gpt.Model(tiny(model_dim=dim, num_heads=heads), VOCAB, CPU, torch.float32)
+    assert "\n" not in str(refusal.value)
+
+
+def test_stages_that_predict_different_numbers_of_tokens_are_refused():
+    """Otherwise the longer row's last weights would silently be dropped."""
+    stages = (stage(loss_weights=(1.0, 0.5, 0.25)), *[stage(loss_weights=(1.0,))] * 3)
+    with pytest.raises(gpt.UserError, match="weights"):
+        args = tiny(stages=stages)
+        gpt.Schedule(args, types.SimpleNamespace(size=1))
+        gpt.Model(args, VOCAB, CPU, torch.float32).stage_inputs(0)
+
+
+# Optimiser groups
+
+METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
+    "qkv": ("muon", 0.023, 0.0276, None), "out": ("muon", 0.023, 0.0276, None), "up": ("muon", 0.023, 0.0276, None),
+    "down": ("muon", 0.046, 0.0276, None), "head": ("adam", 0.008, 0.006, (0.5, 0.95)),
+    "embedding": ("adam", 0.3, 0.005, (0.75, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
+    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "smear_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
+    "smear": ("adam", 0.04, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "inject": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "skip": ("adam", 0.04, 0.0, (0.9, 0.99)),
+}
+
+
+def test_every_parameter_learns_in_exactly_one_group_by_its_name(speedrun):
+    groups = speedrun.param_groups()
+    names = [name for group in groups for name in group.params]
+    assert sorted(names) == sorted(name for name, _ in speedrun.named_parameters())
+    assert {name.split(".")[-1] for name in names} == set(METHODS)
+    for group in groups:
+        for name, param in group.params.items():
+            method, lr, decay, betas = METHODS[name.split(".")[-1]]
+            assert (group.method, group.lr, group.weight_decay) == (method, lr, decay), name
+            assert betas is None or group.betas == betas and group.every == 2, name
+            assert group.cautious and param is speedrun.get_parameter(name)
+
+
+def test_groups_follow_the_flags_and_are_never_empty():
+    groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0).param_groups()
+    by_name = {name: group for group in groups for name in group.params}
+    assert all(group.params for group in groups) and not any("value" in name for name in by_name)
+    assert by_name["blocks.0.up"].lr == 1.0 and by_name["blocks.0.down"].lr == 2.0
+    assert by_name["blocks.0.out"].weight_decay == 2.0
+    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 4.0
+
+
+# Flags
+
+
+def test_presets():
+    assert gpt.parse_args([]) == gpt.parse_args(["--preset", "speedrun"]) == gpt.PRESETS["speedrun"]
+    assert gpt.parse_args(["--preset", "sample"]) == gpt.parse_args(["--preset=sample"]) == gpt.PRESETS["sample"]
+    assert gpt.parse_args(["--seed", "3", "--preset", "sample"]) == dataclasses.replace(gpt.PRESETS["sample"], seed=3)
+    assert all(args.preset == name for name, args in gpt.PRESETS.items())
+
+
+def test_flags_change_a_preset():
+    args = gpt.parse_args([
+        "--preset", "sample", "--max-tokens", "1000", "--layers", "s -", "--model-dim=64", "--compile",
+        *"--cooldown 0.1 0.2 --stages.0.batch-tokens 4096 --stages.3.windows 5 6 --stages.1.loss-weights 1 .5".split()])
+    first, second, third, last = gpt.PRESETS["sample"].stages
+    assert args == dataclasses.replace(
+        gpt.PRESETS["sample"], max_tokens=1000, layers="s -", model_dim=64, compile=True, cooldown=(0.1, 0.2), stages=(
+            dataclasses.replace(first, batch_tokens=4096), dataclasses.replace(second, loss_weights=(1.0, 0.5)), third,
+            dataclasses.replace(last, windows=(5, 6))))
+
+
+def test_layers_may_begin_with_a_dash():
+    assert gpt.parse_args(["--layers=- s"]).layers == "- s"
+
+
+@pytest.mark.parametrize("argv", ["--speed 1", "--preset none", "--seed x", "--stages.4.lr 1", "extra"])
+def test_wrong_flags_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpt.parse_args(argv.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+def help_texts(cls) -> dict[str, str]:
+    """Field name -> its help: the comment behind it, or the string below it."""
+    source, texts = inspect.getsource(cls), {}
+    lines, body = source.splitlines(), ast.parse(source).body[0].body
+    for node, following in zip(body, [*body[1:], None]):
+        if isinstance(node, ast.AnnAssign):
+            _, _, text = lines[node.end_lineno - 1].partition("  # ")
+            if not text and isinstance(following, ast.Expr):
+                text = following.value.value
+            texts[node.target.id] = text
+    return texts
+
+
+def test_help_exits_with_0_and_explains_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        gpt.parse_args(["--help"])
+    assert stop.value.code == 0
+
+    def words(text):
+        return re.sub(r"[│|\s]", "", text)
+
+    shown = capsys.readouterr().out
+    assert words(gpt.__doc__) in words(shown)
+    options = re.split(r"^\W*(?=--[a-z])", shown, flags=re.M)[1:]
+    sections = {re.match(r"--[\w.-]+", option)[0]: words(option) for option in options}
+    for cls, prefix in ((gpt.Hyperparameters, "--"), (gpt.Stage, "--stages.2.")):
+        texts = help_texts(cls)
+        for field in dataclasses.fields(cls):
+            if field.name != "stages":
+                assert len(texts[field.name].split()) > 0, f"{field.name} has no help text"
+                assert words(texts[field.name]) in sections[prefix + field.name.replace("_", "-")], field.name
