@@ -366,16 +366,16 @@ def test_gpu_compiled_bf16_step_is_close_to_the_fp32_step_on_the_cpu():
     lengths = (300, 1, 130, 593)
     tokens = torch.randint(257, (2, sum(lengths)), generator=torch.Generator().manual_seed(0))
     cpu_world = types.SimpleNamespace(rank=0, size=1, gpu=False, device=CPU, dtype=torch.float32, sum=lambda x: x)
-    results = []
-    for world in (gpt.World(), cpu_world):
+    results, weights = [], {}
+    for world in (cpu_world, gpt.World()):
         gpt.choose_attention("auto", world.device)
         model = gpt.Model(args, 257, world.device, world.dtype)
         model.initialise(0)
-        with torch.no_grad():  # the same non-zero weights for both
+        with torch.no_grad():  # the same non-zero weights for both: the GPU would draw others from the same seed
             generator = torch.Generator().manual_seed(1)
-            for param in model.parameters():
-                if not param.any():
-                    param.copy_(0.1 * torch.randn(param.shape, generator=generator))
+            for name, param in model.named_parameters():
+                start = param if param.any() else 0.1 * torch.randn(param.shape, generator=generator)
+                param.copy_(weights.setdefault(name, start.bfloat16()))
         optimizer = gpt.Optimizer(model.param_groups(), world, compile=world.gpu)
         if world.gpu:
             model.compile()
@@ -390,8 +390,11 @@ def test_gpu_compiled_bf16_step_is_close_to_the_fp32_step_on_the_cpu():
         with torch.no_grad():
             after = model(*batch, model.stage_inputs(0)) / sum(lengths)
         results.append((loss.item(), after.item(), grads))
-    (loss, after, grads), (cpu_loss, cpu_after, cpu_grads) = results
+    (cpu_loss, cpu_after, cpu_grads), (loss, after, grads) = results
     assert loss == pytest.approx(cpu_loss, rel=2e-3) and after == pytest.approx(cpu_after, rel=2e-2)
     assert cpu_after < cpu_loss
     for name, grad in grads.items():
-        assert error(grad, cpu_grads[name]) < 5e-2, name
+        if grad.ndim:
+            assert error(grad, cpu_grads[name]) < 3e-2, name  # measured with bf16 on a CPU: 0.015 at the most
+        else:  # one sum of many terms that cancel
+            assert (grad - cpu_grads[name]).abs() < 5e-3, name

@@ -110,6 +110,19 @@ def test_batches_are_those_of_the_slow_reference(name, row_tokens, longest, tail
         assert train.position == position and train.epoch == position // len(stream) + 1
 
 
+@pytest.mark.parametrize("tails", ["continue", "drop"])
+def test_cut_rows_says_when_its_tokens_do_not_suffice(tails):
+    whole, enough = gpt.cut_rows(np.array(MIXED), SEPARATOR, 3, 32, 20, tails), []
+    last = max(start + length for row in whole[0] for start, length in row)  # the target of the last token
+    for count in range(1, len(MIXED)):
+        cut_rows = gpt.cut_rows(np.array(MIXED[:count]), SEPARATOR, 3, 32, 20, tails)
+        assert cut_rows is None or cut_rows == whole
+        enough.append(cut_rows is not None)
+    first = len(enough) - sum(enough)  # the most tokens that do not suffice
+    assert enough == [False] * first + [True] * sum(enough)
+    assert first == (last if tails == "continue" else whole[1])  # to drop a tail, its end must be in sight
+
+
 def test_real_shards_give_the_batches_of_the_slow_reference(tmp_path, write_folder):
     stream = [256 if token == SEPARATOR else token % 256 for token in MIXED]
     folder = write_folder(tmp_path / "bytes", cut(stream, 90, 200), [stream], **BYTES)
