@@ -1081,7 +1081,7 @@ class Run:
 
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain"), "command": sys.argv,
+            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"), "command": sys.argv,
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "triton": getattr(sys.modules.get("triton"), "__version__", None), "numpy": np.__version__,
             "device": torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU",
