@@ -120,8 +120,11 @@ class Dataset:
                             "data/fineweb.py` or data/tokenize_text.py, or try the sample: `./run.sh --preset sample`")
         described = self.folder / "dataset.json"
         self.about = {"name": self.folder.name, "tokenizer": "gpt2", "vocab_size": 50257, "document_separator": 50256}
-        self.about |= json.loads(described.read_text()) if described.exists() else {}
-        self.vocab_size, self.separator = self.about["vocab_size"], self.about["document_separator"]
+        try:
+            self.about |= json.loads(described.read_text()) if described.exists() else {}
+            self.vocab_size, self.separator = int(self.about["vocab_size"]), int(self.about["document_separator"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{described} is damaged ({error}): mend it, or make the dataset again") from error
         self.tokens = {path: shard_tokens(path) for path in self.train + self.val}
         # names, sizes, heads and tails of all shards: cheap, and enough to tell whether two runs had the same data
         digest = hashlib.sha256()
@@ -145,6 +148,8 @@ class TokenStream:
         self.dataset, self.thread, self.loaded = dataset, ThreadPoolExecutor(1), {}
         self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train])
         self.epoch_tokens = int(self.ends[-1])
+        if not self.epoch_tokens:
+            raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Tokens [position, position + count) of the stream, uint16."""
@@ -222,7 +227,11 @@ class TrainLoader:
         rows, cut, span = batch_tokens // self.row_tokens, None, batch_tokens + 1
         while cut is None:
             tokens = self.stream.read(self.position, span)
-            cut, span = cut_rows(tokens, self.separator, rows, self.row_tokens, longest, self.tails), span * 3 // 2
+            cut = cut_rows(tokens, self.separator, rows, self.row_tokens, longest, self.tails)
+            if cut is None and span > self.stream.epoch_tokens and self.separator not in tokens:
+                raise UserError(f"no document begins with {self.separator}, as --document-tails drop needs: leave it at "
+                                "continue, or correct document_separator in dataset.json")
+            span = span * 3 // 2
         table, consumed = cut
         self.position += consumed
         self.pieces += sum(map(len, table))
@@ -233,7 +242,7 @@ class TrainLoader:
 def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """This rank's rows of the first `tokens` validation tokens; only the rows' borders cut documents."""
     available = sum(dataset.tokens[path] for path in dataset.val)
-    if not 0 < tokens < available or tokens % row_tokens:
+    if not 0 < row_tokens <= tokens < available or tokens % row_tokens:
         raise UserError(f"--val-tokens {tokens} must be a multiple of --val-row-tokens {row_tokens}, and less than the "
                         f"{available} tokens of the validation shards in {dataset.folder}")
     stream, rows = np.concatenate([dataset.read(path) for path in dataset.val]), []
@@ -863,6 +872,8 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
+        if min(args.row_tokens, args.micro_batch_tokens, args.loss_chunk_tokens, *self.batches) < 1:
+            raise UserError("rows, batches, micro-batches and chunks need one token at the least")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
         for batch in self.batches:
@@ -921,7 +932,10 @@ class Run:
         self.file = None
         if world.rank == 0:
             stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
-            Path(args.out).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
             self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1)
 
     def log(self, text: str, console: bool = True):
@@ -984,8 +998,7 @@ class Run:
         (step, batch_tokens, report), self.unread = self.unread, None
         loss, stop = report.tolist()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the training loss is {loss}. Last checkpoint: {self.saved}. Try "
-                                     "lower learning rates (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
+            self.diverged("training", loss, step)
         self.stop |= stop > 0
         now, done = self.clock(), self.schedule.tokens_until(step)
         seconds, self.last_report = now - self.last_report, now
@@ -994,6 +1007,11 @@ class Run:
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
                  f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
                  f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
+
+    def diverged(self, kind: str, loss: float, step: int):
+        kept = self.saved or self.args.resume
+        raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Last checkpoint: {kept}. Try lower learning "
+                                 "rates (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
@@ -1081,9 +1099,10 @@ class Run:
 
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"), "command": sys.argv,
-            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "triton": getattr(sys.modules.get("triton"), "__version__", None), "numpy": np.__version__,
+            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"),
+            "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+            "cuda": torch.version.cuda, "numpy": np.__version__,
+            "triton": getattr(sys.modules.get("triton"), "__version__", None),
             "device": torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
             "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
@@ -1112,6 +1131,8 @@ class Run:
             if self.step == steps or (args.val_every and self.step and self.step % args.val_every == 0):
                 self.stop_clock()
                 self.val_loss = self.validate()
+                if not math.isfinite(self.val_loss):
+                    self.diverged("validation", self.val_loss, self.step)
                 self.log(f"step:{self.step}/{steps} val_loss:{self.val_loss:.4f} train_time:{self.seconds:.3f}s")
                 if self.step == steps:
                     break

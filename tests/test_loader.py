@@ -313,6 +313,20 @@ def test_folder_that_does_not_exist_is_refused(tmp_path):
     assert_helpful(error, str(tmp_path / "nowhere"), "data/fineweb.py")
 
 
+def test_damaged_dataset_json_is_refused(tmp_path, write_folder):
+    path = write_folder(tmp_path, [MIXED], [MIXED], **BYTES) / "dataset.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(gpt.UserError) as error:
+        gpt.Dataset(str(tmp_path))
+    assert_helpful(error, str(path))
+
+
+def test_dropping_tails_where_no_document_ends_is_refused():
+    with pytest.raises(gpt.UserError) as error:
+        loader(Shards([[1] * 1000]), 16, tails="drop").next(64, 8)
+    assert_helpful(error, "--document-tails")
+
+
 def test_dataset_json_is_respected(tmp_path, write_folder):
     dataset = gpt.Dataset(str(write_folder(tmp_path, [[7, 1, 1]], [[7, 1]], **BYTES | {"document_separator": 7})))
     assert (dataset.vocab_size, dataset.separator, dataset.about["tokenizer"]) == (257, 7, "bytes")

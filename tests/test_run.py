@@ -457,6 +457,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(tmp
     assert int(step) not in Log(tmp_path).train
 
 
+def test_validation_loss_that_is_not_finite_ends_the_run(refusal):
+    assert "nan" in refusal("--muon-lr", "1e30", code=1, steps=1)  # the only step breaks the weights
+
+
 def test_data_that_is_not_there_is_refused(tmp_path, refusal):
     assert "data/fineweb.py" in refusal("--data", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
