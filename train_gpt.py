@@ -229,8 +229,8 @@ class TrainLoader:
             tokens = self.stream.read(self.position, span)
             cut = cut_rows(tokens, self.separator, rows, self.row_tokens, longest, self.tails)
             if cut is None and span > self.stream.epoch_tokens and self.separator not in tokens:
-                raise UserError(f"no document begins with {self.separator}, as --document-tails drop needs: leave it at "
-                                "continue, or correct document_separator in dataset.json")
+                raise UserError(f"no document begins with {self.separator}, as --document-tails drop needs: leave it "
+                                "at continue, or correct document_separator in dataset.json")
             span = span * 3 // 2
         table, consumed = cut
         self.position += consumed
