@@ -844,13 +844,13 @@ class Hyperparameters:
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
 
 def sample_stage(steps: float, windows: tuple[int, int]) -> Stage:
-    return Stage(steps, 2048, 1024, windows, 1.0, (1.0,))
+    return Stage(steps, 4096, 512, windows, 1.0, (1.0,))
 
 PRESETS = {
     "speedrun": Hyperparameters(),
     "sample": Hyperparameters(
-        preset="sample", data="data/sample/shards", max_tokens=500_000, target=1.75, val_tokens=294_912,
-        val_row_tokens=16_384, val_every=0, row_tokens=1024, micro_batch_tokens=2048,
+        preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
+        val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
                 sample_stage(0.25, (64, 256))),
         val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3),

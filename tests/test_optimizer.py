@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import train_gpt as gpt
 
 CPU = torch.device("cpu")
+BATCH = gpt.PRESETS["sample"].stages[0].batch_tokens
 
 
 def world(size=1) -> types.SimpleNamespace:
@@ -92,8 +93,8 @@ def test_more_tokens_stretch_the_schedule_and_keep_its_shape():
 
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_the_shortest_runs_have_a_schedule(steps):
-    schedule = gpt.Schedule(args(max_tokens=8192 * steps), world())
-    assert schedule.steps == steps and schedule.tokens == 8192 * steps
+    schedule = gpt.Schedule(args(max_tokens=BATCH * steps), world())
+    assert schedule.steps == steps and schedule.tokens == BATCH * steps
     for step in range(steps + 1):
         index, progress = schedule.stage(step)
         assert 0 <= index < 4 and 0 <= progress <= 1
@@ -110,7 +111,7 @@ def test_a_cooldown_or_a_ramp_may_have_no_length(changes):
 
 @pytest.mark.parametrize("size, changes, message", [
     (3, {}, "3 ranks cannot share"), (16, {}, "16 ranks cannot share"), (1, {"row_tokens": 3000}, "cannot share"),
-    (1, {"max_tokens": 8191}, "--max-tokens 8191"), (1, {"max_tokens": 0}, "--max-tokens 0"),
+    (1, {"max_tokens": BATCH - 1}, "--max-tokens"), (1, {"max_tokens": 0}, "--max-tokens 0"),
     (1, {"stages": stages(0.5, 0.3, 0.1, 0.05)}, "stages.*0.95"), (1, {"stages": stages(1.5, -0.5, 0, 0)}, "stages"),
 ])
 def test_a_schedule_that_cannot_be_is_refused_in_one_line(size, changes, message):

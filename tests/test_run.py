@@ -208,7 +208,7 @@ def read_until(process: subprocess.Popen, *patterns: str):
 
 def test_sample_preset_trains_and_its_log_holds_everything(tmp_path):
     tokenize_text.build_sample()
-    small = ["--model-dim", "64", "--layers", "sv l", "--max-tokens", "6144", "--val-tokens", "4096",
+    small = ["--model-dim", "48", "--layers", "sv l", "--max-tokens", "6144", "--val-tokens", "4096",
              "--val-row-tokens", "1024", "--val-every", "2"]
     for i in range(4):
         small += [f"--stages.{i}.batch-tokens", "2048"]
@@ -228,7 +228,7 @@ def test_sample_preset_trains_and_its_log_holds_everything(tmp_path):
     environment, result = json.loads(environment), log.result
     assert environment["torch"] == torch.__version__ and environment["world_size"] == 1
     assert environment["dataset"] == "sample" and environment["attention"] == "reference"
-    assert "--seed" in environment["command"] and environment["args"]["model_dim"] == 64
+    assert "--seed" in environment["command"] and environment["args"]["model_dim"] == 48
     assert result | environment == result  # the last line is enough to know all
     assert f"{result['val_loss']:.4f}" == log.val[3]
     assert (result["seed"], result["steps"], result["tokens"], result["val_tokens"]) == (7, 3, 6144, 4096)
