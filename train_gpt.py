@@ -734,7 +734,8 @@ class Model(nn.Module):
             windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
         scale, frequencies = yarn([row.windows[1] for row in args.stages[:index + 1]], args.model_dim // args.num_heads)
         numbers = (torch.tensor(x) for x in (bound, *windows, scale))
-        return StageInputs(*numbers, *(x.to(self.head.device) for x in (frequencies, torch.tensor(weights))))
+        on_device = (x.to(self.head.device, non_blocking=True) for x in (frequencies, torch.tensor(weights)))
+        return StageInputs(*numbers, *on_device)
 
     def param_groups(self) -> list[ParamGroup]:
         """Which parameter learns how, by name."""
@@ -978,16 +979,19 @@ class Run:
         """One step of the optimiser. On a GPU its loss is read a step later, so that it never waits for the log."""
         index, progress = self.schedule.stage(self.step)
         row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
-        report = torch.tensor([0.0, float(self.stop_here)], device=self.world.device)
+        report = torch.zeros(2, device=self.world.device)
+        report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
             loss = self.loss(batch, stage) / row.batch_tokens
             loss.backward()
             report[0] += loss.detach() / stage.loss_weights.sum()
         self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
         self.step += 1
-        self.world.sum(report)
-        self.read_report()
-        self.unread = self.step, row.batch_tokens, report
+        on_host = torch.empty(2, pin_memory=self.world.gpu).copy_(self.world.sum(report), non_blocking=True)
+        if self.world.gpu:
+            (arrived := torch.cuda.Event()).record()
+            self.read_report()
+        self.unread = self.step, row.batch_tokens, on_host, arrived if self.world.gpu else None
         if not self.world.gpu:
             self.read_report()
 
@@ -995,7 +999,9 @@ class Run:
         """Waits for the loss of the last step that was not read yet, and writes its line."""
         if not self.unread:
             return
-        (step, batch_tokens, report), self.unread = self.unread, None
+        (step, batch_tokens, report, arrived), self.unread = self.unread, None
+        if arrived:
+            arrived.synchronize()  # not the whole stream, where the next step is already under way
         loss, stop = report.tolist()
         if not math.isfinite(loss):
             self.diverged("training", loss, step)
