@@ -672,7 +672,8 @@ class Model(nn.Module):
                     name.split(".")[-1], 0.0))
 
     def compile(self):
-        """Compiles parts, since blocks of one kind share a graph: 84 s of start-up on a new H100 instead of 97 s."""
+        """Compiles parts, not the whole: blocks of one kind share a graph. On an H100 that took 73.5 s of start-up
+        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches)."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
@@ -988,11 +989,12 @@ class Run:
         self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
         self.step += 1
         on_host = torch.empty(2, pin_memory=self.world.gpu).copy_(self.world.sum(report), non_blocking=True)
-        if self.world.gpu:
-            (arrived := torch.cuda.Event()).record()
-            self.read_report()
-        self.unread = self.step, row.batch_tokens, on_host, arrived if self.world.gpu else None
-        if not self.world.gpu:
+        arrived = torch.cuda.Event() if self.world.gpu else None
+        if arrived:
+            arrived.record()
+            self.read_report()  # that of the step before, while this one runs
+        self.unread = self.step, row.batch_tokens, on_host, arrived
+        if not arrived:
             self.read_report()
 
     def read_report(self):
