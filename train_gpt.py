@@ -98,15 +98,15 @@ def atomic_save(state: dict, path: Path):
 
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
-    header, stored = np.fromfile(path, dtype=np.int32, count=256), (path.stat().st_size - 1024) // 2
+    header, size = np.fromfile(path, dtype=np.int32, count=256), path.stat().st_size
     if len(header) < 256 or header[0] != 20240520:
         fault = "is no token shard (it does not begin with 20240520)"
     elif header[1] != 1:
         fault = f"is of shard version {header[1]}, and this script reads version 1"
-    elif header[2] != stored:
-        fault = f"holds {stored} tokens, and its header says {header[2]}"
+    elif size != 1024 + 2 * int(header[2]):
+        fault = f"holds {(size - 1024) / 2:g} tokens, and its header says {header[2]}"
     else:
-        return stored
+        return int(header[2])
     raise UserError(f"{path} {fault}: download it or make it again")
 
 class Dataset:
@@ -483,8 +483,8 @@ def flash_attn(module: str, forward: str, backward: str, names: dict, forward_op
         return function(q, k, v, causal=True, **forward_options, **mask)[:2]
 
     def run_backward(dout, q, k, v, out, lse, mask):
-        function, grads = getattr(importlib.import_module(module), backward), {"d" + n: torch.empty_like(x) for n, x in
-                                                                               zip("qkv", (q, k, v))}
+        function = getattr(importlib.import_module(module), backward)
+        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
         function(dout=dout, q=q, k=k, v=v, out=out, **{names["lse"]: lse, names["causal"]: True}, **grads,
                  **backward_options, **mask)
         return tuple(grads.values())
@@ -793,7 +793,7 @@ class Stage:
 
 @dataclass
 class Hyperparameters:
-    """Flags. Learning rates and decays are multiplied by the schedule's factor; every decay is cautious."""
+    """Flags. Learning rates and decays are multiplied by the schedule's factor; decays but AdamW's are cautious."""
     preset: Literal["speedrun", "sample"] = "speedrun"  # defaults: the speedrun on FineWeb, or a small model for a CPU
     data: str = "data/fineweb10B"  # folder of token shards
     seed: int = 0  # of the initial weights
@@ -806,7 +806,7 @@ class Hyperparameters:
     attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
     out: str = "logs"  # folder for the run's log
-    checkpoint: str | None = None  # folder for checkpoints: the newest one is kept; without it, none are written
+    checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
     save_every: int = 0  # steps between checkpoints (0: only at the end)
     resume: str | None = None  # checkpoint to go on from, with the flags of the run that wrote it
 

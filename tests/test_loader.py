@@ -276,6 +276,15 @@ def test_damaged_shard_is_refused(broken, words, tmp_path, write_folder, write_s
     assert_helpful(error, str(path), *words)
 
 
+def test_shard_with_half_a_token_too_many_is_refused(tmp_path, write_folder, write_shard):
+    write_folder(tmp_path, [MIXED], [MIXED])
+    path = write_shard(tmp_path / "tiny_train_000001.bin", range(10))
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(gpt.UserError) as error:
+        gpt.Dataset(str(tmp_path))
+    assert_helpful(error, str(path), "10.5 tokens", "says 10")
+
+
 @pytest.mark.parametrize("content", [b"", b"too short for a header", b"<!doctype html>" * 100])
 def test_file_that_is_no_shard_is_refused(content, tmp_path, write_folder):
     path = write_folder(tmp_path, [MIXED], [MIXED]) / "tiny_val_000001.bin"
