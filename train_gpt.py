@@ -403,6 +403,7 @@ class AdamBank(Bank):
         super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
         self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
         self.group, self.every = group, group.every
+        compile = compile and self.part > 2**20  # a graph for gates and scalars does not pay for its compilation
         self.function = torch.compile(adam_update, dynamic=True, fullgraph=True) if compile else adam_update
 
     def update(self, count: int, lr: float, momentum: float):
@@ -673,11 +674,11 @@ class Model(nn.Module):
 
     def compile(self):
         """Compiles parts, not the whole: blocks of one kind share a graph. On an H100 that took 73.5 s of start-up
-        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches)."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
+        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches).
+        embed() stays as it is: compiled, it lengthened a warm start from 15 s to 18 s, and no step was shorter."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
+        self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
     def embed(self, tokens: Tensor, cu_seqlens: Tensor, frequencies: Tensor):
         """(x0 (T, D), cos and sin of the rotary embedding (T, 1, head_dim / 4), position in the document (T,))"""
@@ -800,7 +801,7 @@ class Hyperparameters:
     max_tokens: int = 640_000_000  # tokens to train on; the stages, the cooldown and the momentum stretch with it
     target: float = 3.28  # validation loss to reach, nats per token
     val_tokens: int = 10_485_760  # the first so many validation tokens are the validation set
-    val_row_tokens: int = 262_144  # validation tokens in a forward pass; such rows cut documents, so the loss changes
+    val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
     attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
@@ -914,8 +915,6 @@ class Run:
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.world = args, world
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
-        if args.compile and world.gpu:  # Triton's compilers start up while flash-attn imports
-            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
         self.attention = choose_attention(args.attention, world.device)
         self.loader = TrainLoader(self.data, world, args.row_tokens, args.micro_batch_tokens, args.document_tails)
         self.val_rows = val_rows(self.data, world, args.val_tokens, args.val_row_tokens)
@@ -946,34 +945,31 @@ class Run:
             if console:
                 print(text, flush=True)
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        if self.args.compile:
-            torch._dynamo.mark_dynamic(batch[2], 0)  # the number of documents varies, and must not recompile
-        return self.model(*batch, stage)
-
     def warm_up(self):
         """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
-        def random_batch(size: int):
-            tokens = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
-            return *tokens.clone().unbind(), torch.linspace(0, size, 64, device=self.world.device).int()
-
+        torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
+        torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         self.model.compile()
-        for size in sorted({self.loader.micro_batch_rows(n) * self.args.row_tokens for n in self.schedule.batches}):
-            self.loss(random_batch(size), self.model.stage_inputs(0)).backward()
+        sizes = {self.loader.micro_batch_rows(batch) * self.args.row_tokens for batch in self.schedule.batches}
+        for size in sorted(sizes | {self.args.val_row_tokens}):
+            tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
+            borders = torch.linspace(0, size, 64, device=self.world.device).int()
+            torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
+            loss = self.model(tokens.clone(), targets.clone(), borders, self.model.stage_inputs(0))
+            if size in sizes:
+                loss.backward()
         self.optimizer.step(1, 0.0, 0.9)
-        with torch.no_grad():
-            self.loss(random_batch(self.args.val_row_tokens), self.model.stage_inputs(0, validation=True))
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
 
-    @torch.no_grad()
     def validate(self) -> float:
-        """Mean cross-entropy of the next token over the validation set, nats."""
+        """Mean cross-entropy of the next token over the validation set, nats. The training graphs serve: no_grad
+        would have them all compiled once more."""
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.val_rows:
-            total += self.loss(batch, stage)
+            total += self.model(*batch, stage).detach()
         return self.world.sum(total).item() / self.args.val_tokens
 
     def train_step(self):
@@ -983,7 +979,7 @@ class Run:
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
-            loss = self.loss(batch, stage) / row.batch_tokens
+            loss = self.model(*batch, stage) / row.batch_tokens
             loss.backward()
             report[0] += loss.detach() / stage.loss_weights.sum()
         self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
