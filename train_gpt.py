@@ -938,9 +938,11 @@ class Run:
             except OSError as error:
                 raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
             self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1)
+        self.digest = hashlib.sha256()  # of all that the log says
 
     def log(self, text: str, console: bool = True):
         if self.file:
+            self.digest.update(f"{text}\n".encode())
             print(text, file=self.file)
             if console:
                 print(text, flush=True)
@@ -1157,12 +1159,14 @@ class Run:
         speed, reached = self.schedule.tokens / self.seconds, self.val_loss <= args.target
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
-        self.log(json.dumps({
+        closing = json.dumps({
             "val_loss": self.val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
             "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
             "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
-            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment}))
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
+        self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
+        self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
 
 def plain(args: "Hyperparameters") -> dict:
     """The hyperparameters as JSON knows them."""
