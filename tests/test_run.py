@@ -557,3 +557,15 @@ def test_compiled_run_is_the_eager_run_and_compiles_nothing_after_its_warm_up(tm
     assert len(log.train) == 8 and warm == [len(compiled)] and warm[0] > 3
     assert_close(log, expected, 1e-3)
     assert log.result["val_loss"] == pytest.approx(expected.result["val_loss"], abs=1e-3)
+
+
+# The bench of a step ------------------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_step_measures_every_part(flags, tmp_path):
+    bench = subprocess.run([sys.executable, SCRIPT.parent / "tests" / "bench_step.py", SCRIPT, *flags(tmp_path)],
+                           capture_output=True, text=True, timeout=120)
+    assert bench.returncode == 0, bench.stderr
+    times = dict(re.findall(r"^(\S.*?) {2,}(\d+\.\d)$", bench.stdout, re.M))
+    assert list(times) == ["layers and embedding", "head and loss", "optimiser", "data, if nothing hid it"]
+    assert float(times["layers and embedding"]) > 0 and float(times["head and loss"]) > 0

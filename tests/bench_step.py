@@ -1,0 +1,128 @@
+"""Where the milliseconds of a training step go.
+
+    python tests/bench_step.py train_gpt.py [flags of the script]
+
+Builds the script's run, takes one micro-batch of its last stage, and measures the layers, the head with the loss, and
+the optimiser apart; on a GPU also what kinds of kernel they spend it on, against the time that the matrix products and
+the attention would take at 800 TFLOP/s, and the kernels that take longest. On a CPU only the parts. One process.
+"""
+
+import importlib.util
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+PEAK = 800e12  # FLOP/s that large bf16 matrix products reach on an H100
+KINDS = {  # of kernel, by its name; the first that matches
+    "attention": r"flash|fmha|attention",
+    "recurrence": r"chunk_|recurrent|delta_rule|prepare_wy|solve_tri|causal_conv|_state_passing|_bmm_chunk",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
+    "the rest": "",
+}
+
+
+def load(path: Path):
+    """The script at `path` as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def milliseconds(function, gpu: bool, repeats: int) -> float:
+    """Median time of function(), after one call that is not timed."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def kernels(function) -> Counter:
+    """Milliseconds on the GPU of each kernel, by name, in one call of function()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    found = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name] += event.self_device_time_total / 1000
+    return found
+
+
+def by_kind(found: Counter) -> Counter:
+    kinds = Counter()
+    for name, spent in found.items():
+        kinds[next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))] += spent
+    return kinds
+
+
+def main(script: str, flags: list[str], repeats: int = 5):
+    module = load(Path(script).resolve())
+    args = module.parse_args(flags)
+    args.out = tempfile.mkdtemp()  # for the log of a run that never starts
+    run = module.Run(args, module.World())
+    if args.compile:
+        run.warm_up()
+    index, model, gpu = len(args.stages) - 1, run.model, run.world.gpu
+    row, stage = args.stages[index], model.stage_inputs(index)
+    micro_batches = run.loader.next(row.batch_tokens, row.document_tokens)
+    batch, count = micro_batches[0], len(micro_batches)
+    tokens = len(batch[0])
+    with torch.no_grad():
+        hidden, position = model.hidden(batch[0], batch[2], stage)
+
+    def whole():
+        (model(*batch, stage) / row.batch_tokens).backward()
+
+    def head_and_loss():
+        model.hidden = lambda *_: (hidden.detach().requires_grad_(), position)
+        whole()
+        del model.hidden
+
+    def optimiser():  # two steps, because Adam waits for every second one
+        for step in range(2):
+            run.optimizer.step(step, 1.0, 0.95)
+
+    parts = {"layers and embedding": (whole, count), "head and loss": (head_and_loss, count),
+             "optimiser": (optimiser, 0.5)}
+    spent = {part: milliseconds(function, gpu, repeats) * times for part, (function, times) in parts.items()}
+    spent["layers and embedding"] -= spent["head and loss"]
+    spent["data, if nothing hid it"] = milliseconds(
+        lambda: run.loader.next(row.batch_tokens, row.document_tokens), gpu, repeats)
+    print(f"{script}: a step of {count} x {tokens} tokens, stage {index + 1}, attention {run.attention}")
+    print(f"{'part':26}{'ms':>9}{'bound':>9}")
+    if not gpu:
+        for part, ms in spent.items():
+            print(f"{part:26}{ms:9.1f}")
+        return
+    found = {part: kernels(function) for part, (function, _) in parts.items()}
+    found["layers and embedding"] -= found["head and loss"]
+    sizes, head = model.num_params(), model.head.numel()
+    context = round(tokens / (batch[2].diff() > 0).sum().item())
+    scores = model.flops_per_token(context) - 6 * sizes["matmul"]
+    bounds = {("layers and embedding", "matrix products"): 6 * (sizes["matmul"] - head),
+              ("layers and embedding", "attention"): scores, ("head and loss", "matrix products"): 6 * head}
+    for part, ms in spent.items():
+        print(f"{part:26}{ms:9.1f}")
+        for kind, on_gpu in by_kind(found.get(part, Counter())).most_common():
+            flops = bounds.get((part, kind))
+            bound = f"{1000 * flops * tokens * count / PEAK:9.1f}" if flops else ""
+            print(f"  {kind:24}{on_gpu * parts[part][1]:9.1f}{bound}")
+    print("\nkernels, ms a step")
+    longest = Counter({(part, name): ms * parts[part][1] for part in found for name, ms in found[part].items()})
+    for (part, name), ms in longest.most_common(16):
+        print(f"{ms:9.2f}  {part:22}{name[:90]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
