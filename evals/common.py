@@ -10,6 +10,7 @@ import gc
 import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import lzma
@@ -78,14 +79,32 @@ class FileFlags(Flags):
     """Examples as JSON lines (also .xz or .gz), see evals/README.md; by default those on the Hugging Face hub."""
 
 
-def run_command(flags: type, evaluate: Callable[["LanguageModel", Any], dict[str, "Metric"]], description: str) -> None:
-    """The command line of an evaluation: a line of JSON for each checkpoint; one line and exit 2 for unusable input."""
+def run_command(flags: type, evaluate: Callable[["LanguageModel", Any], dict[str, "Metric"]], description: str,
+                picture: Callable[["Runs", Any], bytes] | None = None) -> None:
+    """The command line of an evaluation: a line of JSON for each checkpoint, with paired differences to the first one,
+    and a picture in --out; one line and exit code 2 for unusable input."""
     with one_line_errors():
         args = tyro.cli(flags, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+        runs = {}
         for path in checkpoint_paths(args):
             lm = load(path, args)
-            metrics = {name: metric.summary() for name, metric in evaluate(lm, args).items()}
-            print(json.dumps({"checkpoint": str(path), **lm.about, "metrics": metrics}), flush=True)
+            runs[str(path)] = lm.about, evaluate(lm, args)
+            print(json.dumps(report_run(str(path), runs)), flush=True)
+        if picture:
+            path = args.out / f"{Path(sys.argv[0]).stem}.png"
+            path.write_bytes(picture(runs, args))
+            print(f"picture: {path}", file=sys.stderr)
+
+
+def report_run(label: str, runs: "Runs") -> dict[str, Any]:
+    """What is said of one of the runs: checkpoint, metrics, and of all but the first the paired differences to it."""
+    (_, first), (about, metrics) = next(iter(runs.values())), runs[label]
+    report = {"checkpoint": label, **about, "metrics": {name: metric.summary() for name, metric in metrics.items()}}
+    if metrics is not first:
+        differences = {name: metric.difference(first[name]) for name, metric in metrics.items() if name in first}
+        report["difference_to_first"] = {name: {"mean": mean, "standard_error": finite(error)}
+                                         for name, (mean, error) in differences.items()}
+    return report
 
 
 def checkpoint_paths(args: Flags) -> tuple[Path, ...]:
@@ -539,14 +558,16 @@ class Metric:
             center, scale = mean + Z95**2 / (2 * count), 1 + Z95**2 / count
             half = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
             return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-        half = Z95 * standard_error(self.values)
+        half = Z95 * self.standard_error()
         low, high = mean - half, mean + half
-        return (math.exp(low), math.exp(high)) if self.kind == "perplexity" else (low, high)
+        return (math.exp(low), math.exp(min(high, 700))) if self.kind == "perplexity" else (low, high)
+
+    def standard_error(self) -> float:
+        return standard_error(self.values)
 
     def summary(self) -> dict[str, Any]:
         """As JSON has it; n: examples. An interval that cannot be told is null."""
-        bounds = [bound if math.isfinite(bound) else None for bound in self.interval()]
-        return {"value": self.value, "interval95": bounds, "n": len(self.values)}
+        return {"value": self.value, "interval95": [finite(bound) for bound in self.interval()], "n": len(self.values)}
 
     def difference(self, other: "Metric") -> tuple[float, float]:
         """(mean, standard error) of this less `other`'s on the same examples, paired; nats for perplexity."""
@@ -557,3 +578,23 @@ class Metric:
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of (n,) values; infinite for one value alone."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def finite(number: float) -> float | None:
+    """The number, or None for one that JSON cannot hold."""
+    return number if math.isfinite(number) else None
+
+
+Runs = dict[str, tuple[dict[str, Any], dict[str, Metric]]]  # label of a checkpoint -> what it is, its metrics
+
+
+def png(draw: Callable[[Any], None], width: float, height: float) -> bytes:
+    """The picture that `draw` makes on a figure of so many inches."""
+    try:
+        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install -r requirements-evals.txt") from None
+    draw(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
