@@ -57,7 +57,7 @@ class Flags:
     out: Path = Path("logs/evals")
     """Folder for the results, written as they come: the same command goes on where a killed one stopped."""
     limit: int = 0
-    """Only the first so many examples (0: all)."""
+    """Only the first so many examples, or sequences, documents or trials in a cell (0: all)."""
     bos: bool = False
     """Begin every example with the document separator, as documents do in training. Published numbers of GPT-2's
     tokenizer are without."""
@@ -108,10 +108,17 @@ def report_run(label: str, runs: "Runs") -> dict[str, Any]:
 
 
 def checkpoint_paths(args: Flags) -> tuple[Path, ...]:
-    """The checkpoints of a command line; InputError if there are none."""
+    """The checkpoints of a command line that makes sense; else InputError."""
+    if min(args.limit, args.pack_tokens) < 0:
+        raise InputError("--limit and --pack-tokens are 0 or more")
     if not args.checkpoints:
         raise InputError("give a checkpoint: train with --checkpoint DIR to have one; --help explains all flags")
     return args.checkpoints
+
+
+def limited(count: int, limit: int) -> int:
+    """The number of examples with --limit."""
+    return min(count, limit or count)
 
 
 class one_line_errors:
@@ -208,12 +215,16 @@ def load(path: Path, flags: Flags) -> "LanguageModel":
         index = module.Schedule(args, SimpleNamespace(size=1)).stage(saved[1])[0]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: its weights or arguments do not fit its source ({error})") from error
+    if flags.attention not in ("auto", *module.ATTENTION_BACKENDS):
+        raise InputError(f"--attention {flags.attention} is none of auto, {', '.join(module.ATTENTION_BACKENDS)}")
     module.choose_attention(flags.attention, device)
-    digest = hashlib.sha256(json.dumps([source, saved, dataset], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([source, saved, dataset], sort_keys=True).encode())  # not the optimiser's part
     for name, weight in weights.items():
-        digest.update(name.encode() + weight.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
     about = {"script": script, "step": saved[1], "dataset": dataset["name"], "identity": digest.hexdigest(),
-             "params": model.num_params()["total"], "train_tokens": max(row.document_tokens for row in args.stages)}
+             "params": model.num_params()["total"], "train_tokens": max(row.document_tokens for row in args.stages),
+             "cache_bytes": {context: model.cache_bytes(context) for context in (2048, 8192, 32768)}}
 
     def stage(bound: int) -> Any:
         args.val_row_tokens = bound  # by which scripts bound validation documents: kernels want it tight
@@ -416,7 +427,8 @@ def read_examples(convert: Callable[[dict], Any], file: Path | None, hub: tuple[
             with UNPACK.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:
                 rows = [json.loads(line) for line in lines if line.strip()]
         except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-            raise InputError(f"{file} cannot be read as JSON lines ({error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{file} cannot be read as JSON lines ({reason})") from None
     else:
         source, config, split = hub
         try:

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from evals.common import Flags, InputError, LanguageModel, Metric, Results, run_command
+from evals.common import Flags, InputError, LanguageModel, Metric, Results, limited, run_command
 
 
 @dataclasses.dataclass
@@ -45,8 +45,8 @@ def evaluate(lm: LanguageModel, args: Args) -> dict[str, Metric]:
     """The accuracy for each number of pairs, over all queries."""
     if min(*args.pairs, args.examples) < 1 or 4 * max(args.pairs) > min(args.length, lm.vocab_size):
         raise InputError(f"{max(args.pairs)} pairs need a --length and a vocabulary of {4 * max(args.pairs)} or more")
-    rng = np.random.default_rng(args.seed)
-    built = [build(lm, pairs, args, rng) for pairs in args.pairs for _ in range(args.examples)]
+    rng, examples = np.random.default_rng(args.seed), limited(args.examples, args.limit)
+    built = [build(lm, pairs, args, rng) for pairs in args.pairs for _ in range(examples)]
     sequences, places = [tokens for tokens, _ in built], [place for _, place in built]
     if lm.bos:
         sequences = [np.insert(tokens, 0, lm.separator) for tokens in sequences]
@@ -57,8 +57,8 @@ def evaluate(lm: LanguageModel, args: Args) -> dict[str, Metric]:
             yield {i: hits.tolist() for i, (_, hits) in scores.items()}
 
     settings = {"pairs": args.pairs, "length": args.length, "power": args.power, "seed": args.seed}
-    rows = Results(args.out, "mqar", lm, args.examples, **settings).collect(len(built), compute)
-    return {f"{pairs} pairs": Metric(np.concatenate(rows[i * args.examples:(i + 1) * args.examples]).astype(np.float64))
+    rows = Results(args.out, "mqar", lm, examples, **settings).collect(len(built), compute)
+    return {f"{pairs} pairs": Metric(np.concatenate(rows[i * examples:(i + 1) * examples]).astype(np.float64))
             for i, pairs in enumerate(args.pairs)}
 
 

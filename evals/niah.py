@@ -21,6 +21,7 @@ from evals.common import (
     Results,
     Runs,
     generations,
+    limited,
     png,
     run_command,
     shard_documents,
@@ -60,14 +61,14 @@ def cell(length: int, depth: int) -> str:
 def build_prompts(lm: LanguageModel, haystack: np.ndarray, args: Args) -> tuple[list[np.ndarray], list[str]]:
     """(prompts (length,), the number in each), for each length, depth and trial in this order."""
     rng = np.random.default_rng(args.seed)
-    count = len(args.lengths) * len(args.depths) * args.trials
-    cities, numbers = rng.choice(CITIES, count), [str(number) for number in rng.integers(10**6, 10**7, count)]
+    cells = list(itertools.product(args.lengths, args.depths, range(limited(args.trials, args.limit))))
+    cities, numbers = rng.choice(CITIES, len(cells)), [str(number) for number in rng.integers(10**6, 10**7, len(cells))]
     needles = [f"\nThe special magic {city} number is: {number}\n" for city, number in zip(cities, numbers)]
     tails = [f"\n</context>\n\nWhat is the special magic {city} number?\n\nthe special magic {city} number is:"
              for city in cities]
     tokens, (head,) = lm.encode(needles + tails), lm.encode_prompts(["<context>\n"])
     prompts = []
-    for i, (length, depth, _) in enumerate(itertools.product(args.lengths, args.depths, range(args.trials))):
+    for i, (length, depth, _) in enumerate(cells):
         needle, tail = tokens[needles[i]], tokens[tails[i]]
         room = length - len(head) - len(needle) - len(tail)
         if not 0 < room <= len(haystack):
@@ -91,7 +92,7 @@ def evaluate(lm: LanguageModel, args: Args) -> dict[str, Metric]:
     identity = [hashlib.sha256(prompt.tobytes()).hexdigest() for prompt in prompts]
     written = generations(lm, prompts, Results(args.out, "niah", lm, identity), MAX_TOKENS)
     right = np.array([number in text for number, text in zip(numbers, written)], np.float64)
-    right = right.reshape(len(args.lengths), len(args.depths), args.trials)
+    right = right.reshape(len(args.lengths), len(args.depths), -1)
     metrics = {f"{length} tokens": Metric(row.reshape(-1)) for length, row in zip(args.lengths, right)}
     return metrics | {cell(length, depth): Metric(row[j]) for length, row in zip(args.lengths, right)
                       for j, depth in enumerate(args.depths)}

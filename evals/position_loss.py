@@ -11,7 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.common import Flags, InputError, LanguageModel, Metric, Results, Runs, png, run_command, shard_documents
+from evals.common import (
+    Flags,
+    InputError,
+    LanguageModel,
+    Metric,
+    Results,
+    Runs,
+    limited,
+    png,
+    run_command,
+    shard_documents,
+)
 
 BIN = 1024
 
@@ -43,7 +54,8 @@ def evaluate(lm: LanguageModel, args: Args) -> dict[str, Metric]:
     long = [tokens[:args.length] for tokens in shard_documents(args.data, lm) if len(tokens) >= args.length]
     if not long:
         raise InputError(f"no validation document in {args.data} has {args.length} tokens: lower --length")
-    sequences = [np.insert(tokens.astype(np.int64), 0, lm.separator) for tokens in long[:args.documents]]
+    long = long[:limited(args.documents, args.limit)]
+    sequences = [np.insert(tokens.astype(np.int64), 0, lm.separator) for tokens in long]
 
     def compute(missing: list[int]):
         wanted = [np.arange(1, args.length + 1)] * len(missing)

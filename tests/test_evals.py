@@ -261,6 +261,19 @@ def test_packs_are_full_and_hold_everything_once():
     assert all(sum(lengths[i] for i in pack) <= 64 for pack in packs[1:]) and len(packs) == 3
 
 
+def test_scores_add_up_to_the_loss_of_the_script(lm):
+    """On one packed row, the mean negative log-probability is what validation in the script gives."""
+    tokens = [np.concatenate([[lm.separator], part]) for part in lm.encode(words(5, 5)).values()]
+    total = sum(-log_probs.sum() for part in lm.score(tokens, [np.arange(1, len(part)) for part in tokens])
+                for log_probs, _ in part.values())
+    row = torch.from_numpy(np.concatenate([part[:-1] for part in tokens]))
+    targets = torch.from_numpy(np.concatenate([part[1:] for part in tokens]))
+    borders = torch.tensor(np.cumsum([0, *(len(part) - 1 for part in tokens)]), dtype=torch.int32)
+    with torch.no_grad():
+        loss = lm.model(row, targets, borders, lm.stage(1024))
+    assert total == pytest.approx(loss.item(), rel=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Results, examples, metrics
 # ----------------------------------------------------------------------------------------------------------------------
@@ -343,12 +356,27 @@ def test_normalised_accuracies(tmp_path, monkeypatch):
 
 
 def test_a_command(checkpoint, tmp_path):
-    """A whole program: a line of JSON; then one line and exit code 2 for a file that is not there, and --help."""
     file = write_lines(tmp_path / "lambada.jsonl", LAMBADA)
-    command = [sys.executable, "-m", "evals.lambada", str(checkpoint), "--out", str(tmp_path), "--file"]
-    run = subprocess.run([*command, str(file)], cwd=REPOSITORY, capture_output=True, text=True)
+    command = [sys.executable, "-m", "evals.lambada", str(checkpoint), "--out", str(tmp_path), "--file", str(file)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     line = json.loads(run.stdout)
     assert line["metrics"]["acc"]["n"] == 3 and line["metrics"]["perplexity"]["value"] > 1
-    run = subprocess.run([*command, "missing.jsonl"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1 and "missing.jsonl" in run.stderr
+
+
+@pytest.mark.parametrize("wrong", [["missing.pt"], [], ["CHECKPOINT", "--file", "missing.jsonl"],
+                                   ["CHECKPOINT", "--limit", "-1"], ["CHECKPOINT", "--attention", "none"]])
+def test_a_wrong_command_ends_in_one_line_and_exit_code_2(checkpoint, tmp_path, monkeypatch, capsys, wrong):
+    words = [str(checkpoint) if word == "CHECKPOINT" else word for word in wrong]
+    monkeypatch.setattr(sys, "argv", ["lambada.py", *words, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        common.run_command(common.FileFlags, lambada.evaluate, lambada.__doc__)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and err.startswith("lambada.py: ") and err.count("\n") == 1
+
+
+def test_examples_that_no_hub_gives(monkeypatch):
+    """No package, no network, no dataset: the line says what to do."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(common.InputError, match="--file FILE.jsonl"):
+        common.read_examples(lambada.convert, None, ("EleutherAI/lambada_openai", "default", "test"))
