@@ -177,10 +177,13 @@ def main() -> None:
         for task, runs in results.items():
             report["tasks"][task] = [report_run(label, runs) for label in runs]
         pictures = {}
-        for module, title in ((niah, "Needle in a haystack"), (position_loss, "Loss by position")):
-            task = module.__name__.split(".")[-1]
-            if task in results:
-                pictures[title] = module.picture(results[task], tasks[task][1])
+        for task, module, title in (("niah", niah, "Needle in a haystack"),
+                                    ("position_loss", position_loss, "Loss by position")):
+            try:
+                if task in results:
+                    pictures[title] = module.picture(results[task], tasks[task][1])
+            except InputError as error:
+                report["left_out"][f"picture of {task}"] = str(error)
         cells = table(results, list(report["checkpoints"]))
         (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (args.out / "report.html").write_text(page(report, *cells, pictures), encoding="utf-8")

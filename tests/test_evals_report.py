@@ -35,7 +35,7 @@ def command(checkpoint, tmp_path, write_folder, monkeypatch, capsys):  # noqa: F
 
     def run(*flags: str) -> tuple[int, str, str]:
         argv = ["report.py", str(checkpoint), str(tmp_path / "other.pt"), "--out", str(tmp_path / "out"), "--files",
-                str(files), "--haystack", str(shards), "--long", str(shards), "--lengths", "256", "384", "--trials",
+                str(files), "--haystack", str(shards), "--long", str(shards), "--lengths", "192", "256", "--trials",
                 "1", "--long-tokens", "1100", "--limit", "3", "--attention", "reference", "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         try:
@@ -65,7 +65,7 @@ def test_a_report(command, tmp_path):
 
 
 def test_a_report_that_was_made_is_not_computed_again(command, monkeypatch):
-    flags = ["--tasks", "lambada", "niah"]
+    flags = ["--tasks", "lambada", "position_loss"]
     code, first, _ = command(*flags)
     monkeypatch.setattr("evals.common.LanguageModel.logits", None)
     assert command(*flags)[:2] == (code, first) == (0, first)
