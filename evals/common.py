@@ -206,6 +206,7 @@ def load(path: Path, flags: Flags) -> "LanguageModel":
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     try:
         args = rebuild(module.Hyperparameters, saved[0])
+        args.compile = False  # packs are of many sizes
         model = module.Model(args, dataset["vocab_size"], device, dtype)
         others = {name for name, _ in model.named_parameters()} ^ set(weights)
         if others:

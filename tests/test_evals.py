@@ -141,6 +141,24 @@ def test_a_checkpoint_is_rebuilt_from_its_file_alone(checkpoint):
     assert all(np.array_equal(ours[i][0], theirs[i][0]) for i in ours)
 
 
+@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("train_*.py")), ids=lambda path: path.stem)
+def test_every_script_is_evaluated_through_the_contract(script, tmp_path):
+    """A small model of each script, from its checkpoint: packed scores are those of one example at a time."""
+    module = common.execute(script.name, script.read_text())
+    args = module.PRESETS["sample"]
+    model = module.Model(args, 257, CPU, torch.float32)
+    model.initialise(0)
+    weights = {name: param.detach() + 0.02 * torch.randn(param.shape) for name, param in model.named_parameters()}
+    torch.save({"script": script.name, "source": script.read_text(), "args": module.plain(args), "step": 10**6,
+                "dataset": BYTES, "model": weights}, tmp_path / "small.pt")
+    lm = common.load(tmp_path / "small.pt", flags())
+    sequences, starts = lm.encode_pairs([*zip(words(4, 6), words(4, 7)), ("", "x")])
+    for part in lm.score(sequences, [np.arange(start, len(tokens)) for start, tokens in zip(starts, sequences)]):
+        for i, (log_probs, _) in part.items():
+            alone, _ = naive_scores(lm, sequences[i], starts[i])
+            assert log_probs.sum() == pytest.approx(alone, abs=1e-4)
+
+
 def test_a_run_that_was_stopped_is_evaluated_in_its_stage(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     stages = {}
