@@ -191,12 +191,12 @@ def load(path: Path, flags: Flags) -> "LanguageModel":
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mmap: not the optimiser's part
         script, source, weights, dataset = (state[key] for key in ("script", "source", "model", "dataset"))
-        saved = state["args"], state["step"]
+        saved, source_digest = (state["args"], state["step"]), hashlib.sha256(source.encode()).hexdigest()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a checkpoint, as --checkpoint writes it") from None
     except Exception as error:  # torch.load raises anything on a file that is not its own
         raise InputError(f"{path} is no checkpoint of a script of this project ({type(error).__name__})") from error
-    if not flags.trust_source and hashlib.sha256(source.encode()).hexdigest() not in known_sources():
+    if not flags.trust_source and source_digest not in known_sources():
         raise InputError(f"{path} holds a {script} that is neither in this repository nor in its records: read it, and "
                          "add --trust-source to run it")
     module = execute(script, source)

@@ -104,9 +104,12 @@ def picture(runs: Runs, args: Args) -> bytes:
         axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
         for axis, (label, (about, metrics)) in zip(axes, runs.items()):
             grid = [[metrics[cell(length, depth)].value for length in args.lengths] for depth in args.depths]
-            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for (i, j), value in np.ndenumerate(grid):
+                color = "black" if value > 0.5 else "white"
+                axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color)
             trained = sum(length <= about["train_tokens"] for length in args.lengths)
-            axis.axvline(trained - 0.5, color="black", ls="--")
+            axis.axvline(trained - 0.5, color="red", ls="--")
             axis.set(title=label, xlabel="prompt, tokens (dashed: longest document in training)", ylabel="depth, %",
                      xticks=range(len(args.lengths)), yticks=range(len(args.depths)))
             axis.set_xticklabels(args.lengths)
