@@ -215,15 +215,16 @@ def load(path: Path, flags: Flags) -> "LanguageModel":
         # the stage of the checkpoint's step: a run may have been stopped in the middle
         index = module.Schedule(args, SimpleNamespace(size=1)).stage(saved[1])[0]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: its weights or arguments do not fit its source ({error})") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: its weights or arguments do not fit its source ({reason})") from error
     if flags.attention not in ("auto", *module.ATTENTION_BACKENDS):
         raise InputError(f"--attention {flags.attention} is none of auto, {', '.join(module.ATTENTION_BACKENDS)}")
     module.choose_attention(flags.attention, device)
-    digest = hashlib.sha256(json.dumps([source, saved, dataset], sort_keys=True).encode())  # not the optimiser's part
+    identity = hashlib.sha256(json.dumps([source, saved, dataset], sort_keys=True).encode())  # not the optimiser's part
     for name, weight in weights.items():
-        digest.update(name.encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
-    about = {"script": script, "step": saved[1], "dataset": dataset["name"], "identity": digest.hexdigest(),
+        identity.update(name.encode())
+        identity.update(weight.reshape(-1).view(torch.uint8).numpy())
+    about = {"script": script, "step": saved[1], "dataset": dataset["name"], "identity": identity.hexdigest(),
              "params": model.num_params()["total"], "train_tokens": max(row.document_tokens for row in args.stages),
              "cache_bytes": {context: model.cache_bytes(context) for context in (2048, 8192, 32768)}}
 

@@ -211,8 +211,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, spoi
         else:
             state["args"]["new_flag"] = 1
         torch.save(state, path)
-    with pytest.raises(common.InputError):
+    with pytest.raises(common.InputError) as refused:
         common.load(path, flags())
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
