@@ -83,7 +83,7 @@ install_gpu() { # one by one, since each is optional: the scripts choose among t
 if [[ -z ${PYTHON:-} ]]; then
   py=$PWD/.venv/bin/python
   once base requirements.txt
-  if [[ $script == test ]]; then once test requirements-test.txt requirements.txt
+  if [[ $script == test ]]; then once test requirements-test.txt requirements-evals.txt requirements.txt
   elif ((has_gpu)); then once gpu requirements-gpu.txt requirements.txt; fi
 else
   py=$PYTHON

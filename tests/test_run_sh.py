@@ -50,7 +50,8 @@ class Checkout:
         self.root.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
-        for name in ("run.sh", "requirements.txt", "requirements-gpu.txt", "requirements-test.txt"):
+        for name in ("run.sh", "requirements.txt", "requirements-gpu.txt", "requirements-evals.txt",
+                     "requirements-test.txt"):
             shutil.copy(ROOT / name, self.root)
         for name in ("train_gpt.py", "variants/train_rwkv.py"):
             (self.root / name).parent.mkdir(exist_ok=True)

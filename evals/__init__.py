@@ -1,0 +1,1 @@
+"""Evaluations of checkpoints: what validation loss does not show. See evals/README.md."""
