@@ -77,6 +77,8 @@ class Repository:
         try:
             about = json.loads((folder / "record.json").read_text())
             logs = [read_log(folder / run["log"]) for run in about["runs"]]
+            if not logs:
+                raise Refused("record.json has no runs")
             return Record(track, folder.name, about["name"], about["by"], about["date"], about["text"],
                           about["compared_with"], about["beats"], about["same_sections_changed"], logs)
         except Refused as error:

@@ -161,8 +161,8 @@ def _parse(name: str, text: str) -> Log:
 
     report = Report(lines, first, tokens)
     report.exactly(f"{result['script']} on {result['world_size']} x {result['device']}, attention "
-                   f"{result['attention']}, data {result['dataset']}: {result['params']['total'] / 1e6:.1f}M parameters, "
-                   f"{len(tokens)} steps, {tokens[-1] / 1e6:.1f}M tokens, target {args['target']}")
+                   f"{result['attention']}, data {result['dataset']}: {result['params']['total'] / 1e6:.1f}M "
+                   f"parameters, {len(tokens)} steps, {tokens[-1] / 1e6:.1f}M tokens, target {args['target']}")
     report.exactly(f"startup:{result['startup_seconds']:.1f}s")
     every = args["val_every"]
     for step in range(1, len(tokens) + 1):
