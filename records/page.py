@@ -72,7 +72,8 @@ def reference(repository) -> dict:
     text = (repository.records / "modded_nanogpt.tsv").read_text()
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("#"))
     rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    return {"about": comment, "rows": [[int(number), float(minutes), what] for number, minutes, what in rows]}
+    return {"track": "fineweb", "about": comment,
+            "rows": [[int(number), float(minutes), what] for number, minutes, what in rows]}
 
 
 def render(repository, rankings) -> str:

@@ -37,7 +37,7 @@ model = torch.compile(torch.nn.Linear(8, 8), dynamic=False, fullgraph=True)
 {LINE}
 
 print("</script> in a script must not end the page's")
-'''
+''' + "".join(f"step({i})\n" for i in range(20))
 TRACKS = """
 [defaults]
 runs = 3
@@ -78,26 +78,29 @@ def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source
     rng = np.random.default_rng(seed)
     stages = [{"steps": 0.25, "batch_tokens": batch} for batch in (1024, 2048, 2048, 4096)]
     args = {"seed": seed, "max_tokens": 60_000, "target": 1.8, "val_tokens": 2048, "val_row_tokens": 512,
-            "val_every": 10, "compile": False, "data": "data/sample/shards", "out": "logs", "stages": stages, "model_dim": 192,
-            "layers": "s l"} | (args or {})
+            "val_every": 10, "compile": False, "data": "data/sample/shards", "out": "logs", "stages": stages,
+            "model_dim": 192, "layers": "s l"} | (args or {})
     environment = {
         "script": "train_gpt.py", "source_sha256": hashlib.sha256(source.encode()).hexdigest(), "git_commit": None,
         "command": ["train_gpt.py", "--seed", str(seed)], "python": "3.11.7", "torch": "2.13.0", "cuda": None,
         "numpy": "2.4.6", "triton": None, "device": "x86_64 CPU", "threads": 1, "world_size": 1,
-        "attention": "reference", "dataset": "sample", "fingerprint": "f00d", "params": {"total": params}, "args": args} | environment
+        "attention": "reference", "dataset": "sample", "fingerprint": "f00d", "params": {"total": params},
+        "args": args} | environment
     parts, batches = (np.array([stage[key] for stage in args["stages"]]) for key in ("steps", "batch_tokens"))
     steps = int(args["max_tokens"] / (parts @ batches))
     sizes = np.repeat(batches, np.diff(np.round(np.cumsum(parts) * steps).astype(int), prepend=0)).tolist()
     total, done, now, lines = sum(sizes), 0, 0.0, []
+    stopping = 1e-4  # seconds from a step's report to the stop of the clock; the next step's time has them
     for step, batch in enumerate(sizes, 1):
-        seconds = step_seconds * rng.uniform(0.9, 1.1)
-        done, now = done + batch, now + seconds
+        validated = step > 1 and lines[-1].split()[1].startswith("val_loss")
+        work = step_seconds * rng.uniform(0.9, 1.1)
+        done, now, seconds = done + batch, now + work, work + stopping * validated
         val_loss = loss + 4 * (1 - step / steps) ** 2 + rng.normal(0, 0.002)
         lines.append(f"step:{step}/{steps} train_loss:{val_loss + rng.normal(0, 0.05):.4f} train_time:{now:.3f}s "
                      f"step_time:{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch / seconds:.0f} "
                      f"ends_in:{(total / done - 1) * now:.0f}s")
         if step == steps or (args["val_every"] and step % args["val_every"] == 0):
-            now += 1e-4
+            now += stopping
             lines.append(f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{now:.3f}s")
     speed, reached = total / now, val_loss <= args["target"]
     rule = "=" * 100
@@ -105,12 +108,13 @@ def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source
         f"{environment['script']} on {environment['world_size']} x {environment['device']}, attention "
         f"{environment['attention']}, data {environment['dataset']}: {params / 1e6:.1f}M parameters, {steps} steps, "
         f"{total / 1e6:.1f}M tokens, target {args['target']}", "startup:2.3s", *lines,
-        f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args['target']}, in {now:.1f} "
-        f"s of training ({speed:.0f} tokens/s)", "sample: 'The whale'"])
+        f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args['target']}, in "
+        f"{now:.1f} s of training ({speed:.0f} tokens/s)", "sample: 'The whale'"])
     closing = json.dumps({
         "val_loss": val_loss, "target": args["target"], "reached": reached, "seed": seed, "steps": steps,
         "tokens": total, "train_seconds": now, "startup_seconds": 2.34, "total_seconds": now + 10,
-        "tokens_per_second": speed, "mfu": None, "val_tokens": args["val_tokens"], "peak_memory_mib": None, **environment})
+        "tokens_per_second": speed, "mfu": None, "val_tokens": args["val_tokens"], "peak_memory_mib": None,
+        **environment})
     return seal(f"{source}{rule}\n{json.dumps(environment)}\n{rule}\n{report}\n{closing[:-1]}{runlog.SEAL}")
 
 

@@ -47,7 +47,8 @@ def test_a_real_run_is_read(tmp_path):
     """The scripts write what the programs here read."""
     tokenize_text.build_sample()
     small = ["--model-dim", "48", "--layers", "sv l", "--max-tokens", "8192", "--val-tokens", "4096",
-             "--val-row-tokens", "1024", "--val-every", "2", "--checkpoint", str(tmp_path / "checkpoints"), "--save-every", "1"]
+             "--val-row-tokens", "1024", "--val-every", "2", "--save-every", "1",
+             "--checkpoint", str(tmp_path / "checkpoints")]
     for i in range(4):
         small += [f"--stages.{i}.batch-tokens", "2048"]
     subprocess.run([sys.executable, ROOT / "train_gpt.py", "--preset", "sample", "--data", ROOT / "data/sample/shards",
@@ -248,11 +249,13 @@ def test_add_writes_a_whole_record_and_rebuilds_the_leaderboard(site, capsys):
     assert [run["seed"] for run in about["runs"]] == [0, 1, 2] and about["compared_with"] is None
     text = (folder / "README.md").read_text()
     for words in ("# First", "Because.", f"{about['seconds_mean']:.3f} s", f"{about['loss_mean']:.4f}",
-                  "attention reference", "by Somebody, 2026-11-01", "Nothing to compare with", "sections are those that train_gpt.py had"):
+                  "attention reference", "by Somebody, 2026-11-01", "Nothing to compare with",
+                  "sections are those that train_gpt.py had"):
         assert words in text, words
     for name, base in (("README.md", "records/"), ("records/README.md", "")):
         text = (site.root / name).read_text()
-        assert f"[First]({base}sample/2026-11-01_First)" in text and text.startswith("Above.") and text.endswith("Below.\n")
+        assert f"[First]({base}sample/2026-11-01_First)" in text
+        assert text.startswith("Above.") and text.endswith("Below.\n")
     assert leaderboard.stale(site.repository) == []
 
 
