@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import leaderboard
 import tyro
+
+import leaderboard
 from record import Record, Repository, Track, check_names, check_runs, files, same_changes
 from runlog import FILE_NAME, Log, Refused, read_log
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+
 from runlog import Log, Refused, read_log
-from scipy import stats
+from significance import difference, ratio
 
 
 @dataclass
@@ -37,20 +38,6 @@ def read_set(where: str) -> list[Log]:
         if [step.tokens for step in log.steps] != [step.tokens for step in logs[0].steps]:
             raise Refused(f"{where}: {log.name} has another budget or stage table than {logs[0].name}")
     return logs
-
-
-def difference(a: list[float], b: list[float], confidence: float) -> tuple[float, float, float, float]:
-    """(mean of b minus mean of a, ends of its confidence interval, p-value), by Welch's t-test."""
-    if np.std(a) == 0 and np.std(b) == 0:
-        raise Refused("both sets are without any noise: the runs are copies, not samples")
-    test = stats.ttest_ind(b, a, equal_var=False)
-    low, high = test.confidence_interval(confidence)
-    return float(np.mean(b) - np.mean(a)), float(low), float(high), float(test.pvalue)
-
-
-def ratio(a: list[float], b: list[float], confidence: float) -> tuple[float, float, float]:
-    """(ratio b / a of the geometric means, ends of its confidence interval), by Welch's t-test of the logarithms."""
-    return tuple(float(np.exp(x)) for x in difference(list(np.log(a)), list(np.log(b)), confidence)[:3])
 
 
 def compare(a: list[Log], b: list[Log], confidence: float) -> str:

@@ -59,7 +59,8 @@ def entry(track: str, name: str, logs: list[Log], lines: Lines, place: str, **mo
     """What the page knows of a record, or of one log of an unranked track. `place`: its folder, from the page's."""
     first = logs[0].result
     return {"id": f"{track}/{more.get('folder', name)}", "track": track, "name": name, "script": first["script"],
-            "hardware": logs[0].hardware, "attention": first["attention"], "torch": first["torch"],
+            "hardware": logs[0].hardware, "torch": first["torch"],
+            "kernels": [first["attention"], *first.get("kernels", {}).values()],
             "tokens": first["tokens"], "steps": first["steps"], "params": first["params"]["total"],
             "target": first["target"], "loss": round(fmean(log.loss for log in logs), 4),
             "seconds": round(fmean(log.seconds for log in logs), 3),

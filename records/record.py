@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from runlog import FILE_NAME, Log, Refused, read_log, sections
-from scipy import stats
+from significance import p_value
 
 try:
     import tomllib
@@ -23,7 +23,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 SAME_IN_ALL_RUNS = ("script", "device", "world_size", "threads", "attention", "torch", "cuda", "triton", "numpy",
-                    "python", "dataset", "fingerprint", "params")
+                    "python", "dataset", "fingerprint", "params", "kernels")
 FREE_ARGS = {"seed", "data", "out", "checkpoint", "save_every"}  # in which the runs of a record may differ
 SETTING_MODULE = re.compile(r"torch\.(_inductor|_dynamo|_functorch|compiler)\.config\b|triton\.knobs\b")
 SETTING_VARIABLE = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|TORCH_COMPILE|FUNCTORCH|AOTINDUCTOR|TRITON)_\w+")
@@ -131,7 +131,8 @@ class Record:
         losses, times = [log.loss for log in self.logs], [log.seconds for log in self.logs]
         memory = [log.result["peak_memory_mib"] for log in self.logs]
         return {
-            "script": self.script, "hardware": self.hardware, "attention": first["attention"],
+            "script": self.script, "hardware": self.hardware,
+            "kernels": {"attention": first["attention"]} | first.get("kernels", {}),
             "versions": {key: first[key] for key in ("python", "torch", "cuda", "triton", "numpy")},
             "source_sha256": first["source_sha256"], "fingerprint": first["fingerprint"], "target": first["target"],
             "params": first["params"]["total"], "steps": first["steps"], "tokens": first["tokens"],
@@ -143,11 +144,6 @@ class Record:
             "total_seconds_mean": round(fmean(log.result["total_seconds"] for log in self.logs), 3),
             "peak_memory_mib": None if None in memory else max(memory),
         }
-
-
-def p_value(losses: list[float], target: float) -> float:
-    """Of a mean loss below `target`: one-sided t-test."""
-    return float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
 
 
 # --- Rules
@@ -162,8 +158,9 @@ def check_runs(track: Track, logs: list[Log], others: list[Record]):
         if log.source != first.source:
             raise Refused(f"{log.name} and {first.name} are of different sources")
         for key in SAME_IN_ALL_RUNS:
-            if log.result[key] != first.result[key]:
-                raise Refused(f"{key} is {first.result[key]} in {first.name} and {log.result[key]} in {log.name}")
+            mine, its = log.result.get(key), first.result.get(key)
+            if mine != its:
+                raise Refused(f"{key} is {its} in {first.name} and {mine} in {log.name}")
         for key in sorted(set(first.args) | set(log.args)):
             if key not in FREE_ARGS and log.args.get(key) != first.args.get(key):
                 raise Refused(f"--{key.replace('_', '-')} is {first.args.get(key)} in {first.name} and "
@@ -297,6 +294,7 @@ def readme(record: Record, other: Record | None, change: str, same: dict[str, st
         size = (f"Against [{other.folder}](../{other.folder}): {added} lines added, {removed} removed "
                 f"([change.diff](change.diff)); arguments changed: {', '.join(flags) or 'none'}.")
     memory = "not measured" if s["peak_memory_mib"] is None else f"{s['peak_memory_mib']:,.0f} MiB"
+    kernels = ", ".join(f"{key} {value}" for key, value in s["kernels"].items())
     versions = ", ".join(f"{key} {value}" for key, value in s["versions"].items() if value)
     return f"""# {record.name}
 
@@ -329,7 +327,7 @@ Mean validation loss {s['loss_mean']:.4f} over {len(record.logs)} runs, below {t
 | command | `{shlex.join(first['command'])}` |
 | budget | {s['steps']:,} steps, {s['tokens']:,} tokens |
 | hardware | {record.hardware}, peak memory {memory} |
-| kernels | attention {s['attention']}, {'torch.compile' if first['args']['compile'] else 'not compiled'} |
+| kernels | {kernels}, {'torch.compile' if first['args']['compile'] else 'not compiled'} |
 | versions | {versions} |
 | data | {first['dataset']}, fingerprint {s['fingerprint'][:16]}; first {first['val_tokens']:,} validation tokens |
 

@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import leaderboard
 import tyro
+
+import leaderboard
 from record import Record, Repository, check_names, check_runs, files
 from runlog import Refused, sections
 
@@ -27,15 +28,17 @@ def verify(repository: Repository, record: Record):
     check_names(record.name, record.by, record.text, record.logs, record.script)
     if record.folder != f"{record.date}_{record.name}":
         raise Refused(f"the folder should be {record.date}_{record.name}")
-    for name in (record.compared_with, record.beats):
-        if name and not repository.find(record.track, name):
-            raise Refused(f"it refers to a record {name} that is not there")
-    other, rival = repository.find(record.track, record.compared_with), repository.find(record.track, record.beats)
-    if rival and (rival.hardware, rival.script) != (record.hardware, record.script):
-        raise Refused(f"{rival.folder}, which it says to beat, is of other hardware or another script")
-    if rival and record.seconds >= rival.seconds:
-        raise Refused(f"{record.seconds:.3f} s is not faster than the {rival.seconds:.3f} s of {rival.folder}")
-    check_runs(record.track, record.logs, [r for r in repository.landed if r.track == record.track])
+    others = [r for r in repository.landed if r.track == record.track]  # fastest first
+    other = repository.find(record.track, record.compared_with)
+    if record.compared_with and not other:
+        raise Refused(f"it was compared with {record.compared_with}, which is not there")
+    line = [r.folder for r in others if (r.hardware, r.script) == (record.hardware, record.script)]
+    beaten = next(iter(line[line.index(record.folder) + 1:]), None)
+    if record.beats != beaten:  # each record of a script on some hardware was faster than the one before it
+        raise Refused(f"by the times it beats {beaten}, and its record.json says {record.beats}")
+    if record.beats and record.compared_with != record.beats:
+        raise Refused(f"it beats {record.beats}, and was compared with {record.compared_with}")
+    check_runs(record.track, record.logs, others)
 
     there = {path.name: path.read_bytes() for path in folder.iterdir()}
     same = read_same_diff(there["same.diff"].decode(), record.source) if "same.diff" in there else {}

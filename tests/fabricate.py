@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+
 import runlog
 from add import Args, add
 from record import Record, Repository

@@ -2,10 +2,11 @@
 
 import shutil
 
-import leaderboard
 import pytest
-from fabricate import ROOT, SOURCE, Site, log_text
 from playwright.sync_api import expect, sync_playwright
+
+import leaderboard
+from fabricate import ROOT, SOURCE, Site, log_text
 from record import Repository
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
