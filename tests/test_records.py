@@ -665,7 +665,8 @@ def test_landed_records_and_leaderboard_are_good():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("program", ["add", "verify", "compare"])
-def test_help(program):
-    done = subprocess.run([sys.executable, ROOT / f"records/{program}.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout
+@pytest.mark.parametrize("program", [add_program, verify_program, compare])
+def test_help(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out

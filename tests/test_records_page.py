@@ -18,7 +18,7 @@ LIGHT, DARK = [11, 95, 191], [108, 176, 255]  # the first curve's colour
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
