@@ -98,9 +98,9 @@ class Log:
 
     @property
     def hardware(self) -> str:
-        """What times may be compared on: number and kind of GPUs; on a CPU its threads, too."""
+        """What times may be compared on: number and kind of GPUs; of a CPU (no GPU memory) its threads."""
         result, threads = self.result, self.result["threads"]
-        shared = f", {threads} thread{'s' if threads > 1 else ''}" if result["device"].endswith("CPU") else ""
+        shared = f", {threads} thread{'s' if threads > 1 else ''}" if result["peak_memory_mib"] is None else ""
         return f"{result['world_size']} x {result['device']}{shared}"
 
     @cached_property

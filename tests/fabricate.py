@@ -114,8 +114,8 @@ def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source
     closing = json.dumps({
         "val_loss": val_loss, "target": args["target"], "reached": reached, "seed": seed, "steps": steps,
         "tokens": total, "train_seconds": now, "startup_seconds": 2.34, "total_seconds": now + 10,
-        "tokens_per_second": speed, "mfu": None, "val_tokens": args["val_tokens"], "peak_memory_mib": None,
-        **environment})
+        "tokens_per_second": speed, "mfu": None, "val_tokens": args["val_tokens"],
+        "peak_memory_mib": None if "CPU" in environment["device"] else 31245.39, **environment})
     return seal(f"{source}{rule}\n{json.dumps(environment)}\n{rule}\n{report}\n{closing[:-1]}{runlog.SEAL}")
 
 
