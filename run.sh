@@ -68,7 +68,14 @@ install_base() {
   fi
   pip_install -r requirements.txt || die "pip could not install requirements.txt, see above"
 }
-install_test() { pip_install -r requirements-test.txt || die "pip could not install requirements-test.txt, see above"; }
+install_test() {
+  pip_install -r requirements-test.txt || die "pip could not install requirements-test.txt, see above"
+  if command -v apt-get >/dev/null && ! command -v chromium >/dev/null && ((EUID == 0)); then
+    say "installing Chromium, in which records/index.html is tested (once; takes a minute)"
+    (apt-get update && apt-get install -y --no-install-recommends chromium) >.venv/chromium.log 2>&1 </dev/null ||
+      say "going on without Chromium: its tests skip themselves (see .venv/chromium.log)"
+  fi
+}
 install_gpu() { # one by one, since each is optional: the scripts choose among the kernels that they can import
   say "installing the GPU kernels of requirements-gpu.txt (once; takes minutes)"
   export MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE # explained in requirements-gpu.txt

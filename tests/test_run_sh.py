@@ -410,6 +410,18 @@ def test_test_installs_once_and_passes_its_arguments_to_pytest(fresh):
     assert fresh.run("test", "-q", "-k", "name") == (tests, "")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages of the system")
+def test_test_installs_chromium_if_it_can(fresh):
+    fresh.fake("apt-get", '#!/bin/bash\necho "apt-get $*" >>"$CALLS"; exit "${APT:-0}"\n')
+    calls, messages = fresh.run("test", APT="1")
+    assert "apt-get update" in calls and "going on without Chromium" in messages and calls[-1] == "python -m pytest"
+    (fresh.root / ".venv/stamp-test").unlink()
+    assert "apt-get install -y --no-install-recommends chromium" in fresh.run("test")[0]
+    (fresh.root / ".venv/stamp-test").unlink()
+    fresh.fake("chromium", "#!/bin/bash\n")
+    assert not [call for call in fresh.run("test")[0] if "apt-get" in call]
+
+
 @pytest.mark.parametrize("fails", ["*ruff*", "*pytest*"])
 def test_test_fails_with_ruff_or_pytest(fresh, fails):
     calls, _ = fresh.run("test", status=1, FAIL=fails)
