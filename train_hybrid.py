@@ -779,7 +779,8 @@ RECURRENCES = {  # fastest first: name: (function, the call that raises where it
         "fla": (lambda *args: delta_rule_op(*args)[0], lambda: fla("ops.gated_delta_rule.chunk")),
         "reference": (delta_rule_reference, lambda: None)},
     "state space": {
-        "fla": (state_space_fla, lambda: fla("ops.simple_gla.chunk")), "mamba-ssm": (state_space_mamba, mamba_ssm),
+        "fla": (state_space_fla, lambda: fla("ops.simple_gla.chunk")),
+        "mamba-ssm": (state_space_mamba, lambda: mamba_ssm()),
         "reference": (state_space_reference, lambda: None)},
 }
 recurrence_in_use = {kind: backends["reference"][0] for kind, backends in RECURRENCES.items()}
