@@ -1112,6 +1112,7 @@ class Run:
             "triton": getattr(sys.modules.get("triton"), "__version__", None),
             "device": torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
+            "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
             "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
             "args": plain(self.args),
         }
