@@ -584,7 +584,7 @@ def chunk_table(cu_seqlens: Tensor, tokens: int) -> Tensor:
     fla-core needs to know them, and would make the host wait to count them. This many are enough whatever the
     documents are; those too many lie behind the end of the last document, where the kernels load and store nothing.
     """
-    counts = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
+    counts = (cu_seqlens[1:] - cu_seqlens[:-1] + CHUNK - 1) // CHUNK
     ends = counts.cumsum(0)
     slots = torch.arange(tokens // CHUNK + len(counts), device=cu_seqlens.device)
     document = torch.bucketize(slots, ends, right=True).clamp(max=len(counts) - 1)

@@ -215,8 +215,8 @@ def gated_delta_rule_module():
 
 
 def simple_gla_module():
-    def chunk_local_cumsum(g, chunk_size, reverse=False, scale=None, cu_seqlens=None, head_first=False,
-                           output_dtype=torch.float, chunk_indices=None):
+    def chunk_local_cumsum(g, chunk_size, reverse=False, scale=None, cu_seqlens=None, output_dtype=torch.float,
+                           chunk_indices=None, use_graph=False):
         assert chunk_size == 64 and scale == (None if reverse else 1.5)
         return g.clone()
 
