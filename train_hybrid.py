@@ -665,10 +665,10 @@ def few_configurations(module, most: int = 2):
     package = module.__name__.split(".")[0]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         for kernel in list(vars(sys.modules[name]).values()):
-            while kernel is not None and not isinstance(kernel, type) and "fn" in getattr(kernel, "__dict__", ()):
+            while "fn" in getattr(kernel, "__dict__", ()) and not isinstance(kernel, type):
                 if configs := getattr(kernel, "configs", None):
                     configs.sort(key=lambda config: (abs(config.num_warps - 4), abs(config.num_stages - 3),
-                                                     -sum(config.kwargs.values())))
+                                                     -sum(x for x in config.kwargs.values() if type(x) is int)))
                     del configs[most:]
                 kernel = kernel.fn
     return module
@@ -981,10 +981,9 @@ class Block(nn.Module):
         if args.recurrent != "none":
             count = args.recurrent_heads
             self.recurrent_qk, self.recurrent_v = matrix(width // 2, dim, 2), matrix(width, dim)
-            self.step, self.dt_bias, self.A_log = small(count, dim), small(count), small(count)
-            if args.recurrent == "gdn":
-                self.beta = small(count, dim)
-            else:
+            self.rates = small(2 if args.recurrent == "gdn" else 1, count, dim)  # to decay, and to write
+            self.dt_bias, self.A_log = small(count), small(count)
+            if args.recurrent == "mamba2":
                 self.skip = small(count, 1)
             if args.short_conv:
                 self.qk_conv, self.v_conv = small(width, 4), small(width, 4)
@@ -1031,12 +1030,11 @@ class Block(nn.Module):
             qk, v = F.silu(qk), F.silu(v)
         q, k = qk.view(len(x), 2, args.recurrent_heads, -1).unbind(1)
         v = v.view(len(x), args.recurrent_heads, -1)
-        dt = F.softplus(F.linear(x, self.step.to(x.dtype)).float() + self.dt_bias)  # (T, H)
-        decay = -self.A_log.exp()
+        rates = F.linear(x, self.rates.flatten(0, 1).to(x.dtype)).float().view(len(x), -1, args.recurrent_heads)
+        dt, decay = F.softplus(rates[:, 0] + self.dt_bias), -self.A_log.exp()  # (T, H), (H,)
         if args.recurrent == "gdn":
             q, k = (each * (each.float().square().sum(-1, True) + 1e-6).rsqrt().to(each.dtype) for each in (q, k))
-            beta = torch.sigmoid(F.linear(x, self.beta.to(x.dtype)).float())
-            y = gated_delta_rule(q, k, v, dt * decay, beta, *where)
+            y = gated_delta_rule(q, k, v, dt * decay, torch.sigmoid(rates[:, 1]), *where)
         else:  # Mamba-2 with a group per head: C is q, B is k
             y = state_space(v, dt, decay, k, q, *where) + (self.skip * v).to(v.dtype)
         if args.output_gate:
@@ -1215,7 +1213,7 @@ class Model(nn.Module):
             ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95)),
             ParamGroup("adam", like("value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
             ParamGroup("adam", like("value_gate", "smear_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("step", "beta", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like("rates", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("residual", "mlp_residual", "inject", "smear"), args.scalar_lr, 0.0, (0.9, 0.99)),
         ]
         assert not named, f"no group for {list(named)}"
@@ -1226,7 +1224,7 @@ class Model(nn.Module):
         sizes = {name: p.numel() for name, p in self.named_parameters()}
         tables = sum(size for name, size in sizes.items() if name.endswith(TABLES))
         matmul = sum(size for name, size in sizes.items()
-                     if name.split(".")[-1] in (*MATRICES, "head", "step", "beta", "value_gate"))
+                     if name.split(".")[-1] in (*MATRICES, "head", "rates", "value_gate"))
         return {"total": sum(sizes.values()), "matmul": matmul, "tables": tables}
 
     def state_size(self) -> int:
@@ -1337,7 +1335,7 @@ class Hyperparameters:
     value_lr: float = 0.6  # value embeddings, Adam
     value_weight_decay: float = 0.015  # value embeddings
     gate_lr: float = 0.008  # gates, Adam
-    small_lr: float = 0.008  # decays, steps, gains, convolutions and the like, Adam
+    small_lr: float = 0.008  # decays, gains, convolutions and the like, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
     adamw_lr: float = 0.002  # everything, with --optimizer adamw
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw

@@ -148,13 +148,13 @@ def naive_recurrence(block, h, args) -> list[Tensor]:
     for head in range(heads):
         q, k = (qk[:, start:start + key] for start in (head * key, width // 2 + head * key))
         u, state, out = v[:, head * value:(head + 1) * value], torch.zeros(key, value, dtype=h.dtype), []
-        dt = F.softplus(h @ block.step[head] + block.dt_bias[head])
+        dt = F.softplus(h @ block.rates[0][head] + block.dt_bias[head])
         decay = (-dt * block.A_log[head].exp()).exp()
         for t in range(len(h)):
             state = state * decay[t]
             if args.recurrent == "gdn":
                 k_t, q_t = (x[t] / (x[t].square().sum() + 1e-6).sqrt() for x in (k, q))
-                beta = torch.sigmoid(h[t] @ block.beta[head])
+                beta = torch.sigmoid(h[t] @ block.rates[1][head])
                 state = state + beta * torch.outer(k_t, u[t] - state.T @ k_t)
                 out.append(state.T @ q_t * key**-0.5)
             else:
@@ -382,7 +382,7 @@ def test_matrices_learn_by_muon_and_the_rest_by_adam_in_fp32_without_decay(speed
             assert group.method == "adam"
         if kind not in (*hybrid.MATRICES, *hybrid.TABLES, "head"):
             assert param.dtype == torch.float32 and group.weight_decay == 0.0, name
-    assert by_name["blocks.0.A_log"].lr == by_name["blocks.0.step"].lr == 0.008
+    assert by_name["blocks.0.A_log"].lr == by_name["blocks.0.rates"].lr == 0.008
     mamba = hybrid.Model(tiny(recurrent="mamba2", fusion="concat", layers="l"), VOCAB, META, torch.float32)
     assert "blocks.0.skip" in {name for group in mamba.param_groups() for name in group.params}
 
