@@ -694,7 +694,7 @@ def delta_rule_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, total:
         q=q, k=k, v=v, g=total, beta=beta, A=inverse, scale=q.size(-1)**-0.5, initial_state=None, do=dout, dht=None,
         cu_seqlens=cu_seqlens, chunk_indices=chunks, chunk_size=CHUNK)
     grads = zip((dq, dk, dv, dlog_decay, dbeta), (q, k, v, total, beta))
-    return tuple(grad[0].to(x.dtype) for grad, x in grads)
+    return tuple(grad[0].to(x.dtype).contiguous() for grad, x in grads)
 
 delta_rule_op.register_fake(lambda q, k, v, log_decay, *_: (
     v.new_empty(v.shape), log_decay.new_empty(log_decay.shape), k.new_empty(*v.shape[:2], CHUNK)))
@@ -721,7 +721,7 @@ def decayed_attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor,
     *grads, dtotal, _ = module.chunk_simple_gla_bwd(q=q, k=k, v=v, g=total, g_gamma=None, initial_state=None, do=dout,
                                                     dht=None, scale=1.0, **where)
     grads.append(module.chunk_local_cumsum(dtotal, reverse=True, **where))
-    return tuple(grad[0].to(x.dtype) for grad, x in zip(grads, (q, k, v, total)))
+    return tuple(grad[0].to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v, total)))
 
 decayed_attention_op.register_fake(
     lambda q, k, v, log_decay, *_: (v.new_empty(v.shape), log_decay.new_empty(log_decay.shape)))
@@ -762,7 +762,7 @@ def state_space_backward_op(dout: Tensor, out: Tensor, x: Tensor, dt: Tensor, a:
                             cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, options = mamba_arguments(x, dt, a, b, c, cu_seqlens)
     grads = mamba_ssm()._mamba_chunk_scan_combined_bwd(*rows(dout), *inputs, *rows(out), **options)[:5]
-    dx, ddt, da, db, dc = (grad.to(x.dtype) for grad, x in zip(grads, inputs))
+    dx, ddt, da, db, dc = (grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs))
     return dx[0], ddt[0], da, db[0], dc[0]
 
 state_space_op.register_fake(lambda x, *_: x.new_empty(x.shape))
@@ -1353,7 +1353,7 @@ PRESETS = {
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
                 sample_stage(0.25, (64, 256))),
-        val_windows=(64, 384), layers="l dv l r dv", model_dim=192, num_heads=3, kv_heads=3, diff_heads=3,
+        val_windows=(64, 384), layers="lv d r dv", model_dim=192, num_heads=3, kv_heads=3, diff_heads=3,
         recurrent_heads=3),
     "dragon": Hyperparameters(  # 20 layers, 759M parameters, 10B tokens in documents of 4,736
         preset="dragon", max_tokens=32_990 * 303_104, optimizer="adamw", adamw_lr=9.7e-4, row_tokens=4736,
