@@ -306,11 +306,11 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     torch._dynamo.reset()
     layers = "l r d l r dv d"
     eager, compiled = (random_model(stages=stages, layers=layers, compile=True).float() for _ in range(2))
-    compiled.compile()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which it raises
+        compiled.compile()
     graphs, frames = [], [(0, (90, 0)), (2, (40, 50)), (3, (1, 9, 0, 80))]
     for index, lengths in frames:
         cu_seqlens = borders(*lengths)
