@@ -309,8 +309,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     torch._dynamo.reset()
     layers = "l r d l r dv d"
     eager, compiled = (random_model(stages=stages, layers=layers, compile=True).float() for _ in range(2))
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which it raises
-        compiled.compile()
+    compiled.compile()
     graphs, frames = [], [(0, (90, 0)), (2, (40, 50)), (3, (1, 9, 0, 80))]
     for index, lengths in frames:
         cu_seqlens = borders(*lengths)
@@ -322,7 +321,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         for x, y in zip(*results):
             assert_near(x, y, 2e-3)
         graphs.append(counter.frame_count)
-    assert set(graphs) == {6}, graphs  # embed, loss, l, r, d, dv
+    assert set(graphs) == {5}, graphs  # loss, l, r, d, dv
 
 
 # Counts
