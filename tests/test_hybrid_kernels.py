@@ -1,0 +1,519 @@
+"""Tests of the recurrent kernels: the chunked references, the custom ops round the packages, differential attention."""
+
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_hybrid as hybrid
+
+CPU = torch.device("cpu")
+PACKED = [  # lengths of packed documents, round the chunk of 64
+    (1, 2, 63, 64, 65, 130, 1, 30),
+    (0, 64, 0, 3, 300, 0, 1, 0, 0),  # empty documents are borders that repeat
+    (128,), (5,),
+]
+HEADS, KEYS, VALUES = 2, 8, 12
+
+
+@pytest.fixture(autouse=True)
+def reference_backends():
+    """Every test begins with the references, whatever the one before chose."""
+    for kind in hybrid.RECURRENCES:
+        hybrid.choose_recurrence(kind, "reference", CPU)
+    hybrid.choose_attention("reference", CPU)
+    yield
+
+
+def borders(lengths, device=CPU) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def where(lengths, device=CPU) -> tuple[Tensor, Tensor]:
+    """The last two arguments of a recurrence."""
+    cu_seqlens = borders(lengths, device)
+    return cu_seqlens, hybrid.chunk_table(cu_seqlens, sum(lengths))
+
+
+def inputs_of(kind: str, tokens: int, heads=HEADS, keys=KEYS, values=VALUES, dtype=torch.float64, device=CPU):
+    """Random inputs with gradients: decays as a model has them, keys of length 1."""
+    torch.manual_seed(0)
+    q, k = F.normalize(torch.randn(2, tokens, heads, keys), dim=-1)
+    v, rates = torch.randn(tokens, heads, values), torch.rand(tokens, heads)
+    if kind == "gated delta rule":
+        inputs = [q, k, v, -3 * rates.square(), torch.rand(tokens, heads)]
+    elif kind == "state space":
+        inputs = [v, rates, -torch.arange(1.0, heads + 1), k, q]
+    else:
+        inputs = [torch.randn(tokens, values), torch.randn(values, 4)]
+    precise = torch.promote_types(dtype, torch.float32)
+    small = {"gated delta rule": (3, 4), "state space": (1, 2), "short convolution": (1,)}[kind]
+    return [x.to(device, precise if i in small else dtype).requires_grad_() for i, x in enumerate(inputs)]
+
+
+def token_by_token(kind: str, *inputs_and_lengths) -> Tensor:
+    """The recurrence as it is defined, in float64."""
+    *inputs, lengths = inputs_and_lengths
+    inputs, outs = [x.double() for x in inputs], []
+    for start, length in zip(borders(lengths).tolist(), lengths):
+        state = 0.0
+        for t in range(start, start + length):
+            if kind == "short convolution":
+                x, weight = inputs
+                outs.append(F.silu(sum(weight[:, 3 - ago] * x[t - ago] for ago in range(min(4, t - start + 1)))))
+                continue
+            if kind == "gated delta rule":
+                q, k, v, log_decay, beta = (x[t] for x in inputs)
+                state = state * log_decay.exp()[:, None, None] + 0 * k[..., None] * v[:, None]
+                u = beta[:, None] * (v - torch.einsum("hkv,hk->hv", state, k))
+                state, q = state + k[..., None] * u[:, None], q * k.size(-1)**-0.5
+            else:
+                x, dt, a, b, q = (x if x.ndim == 1 else x[t] for x in inputs)
+                state = state * (dt * a).exp()[:, None, None] + b[..., None] * (dt[:, None] * x)[:, None]
+            outs.append(torch.einsum("hkv,hk->hv", state, q))
+    return torch.stack(outs)
+
+
+FUNCTIONS = {"gated delta rule": hybrid.gated_delta_rule, "state space": hybrid.state_space,
+             "short convolution": hybrid.short_convolution}
+KINDS = list(FUNCTIONS)
+
+
+def with_gradients(function, inputs) -> list[Tensor]:
+    """[output, gradient of each input] for a fixed random gradient of the output."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
+    grads = torch.autograd.grad(out, inputs, dout, materialize_grads=True)
+    return [out.detach(), *grads]
+
+
+def error(x: Tensor, reference: Tensor) -> float:
+    return ((x.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-9)).item()
+
+
+# The references
+
+
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_equals_the_recurrence_token_by_token(kind, lengths):
+    inputs = inputs_of(kind, sum(lengths))
+    got = with_gradients(lambda *x: FUNCTIONS[kind](*x, *where(lengths)), inputs)
+    want = with_gradients(lambda *x: token_by_token(kind, *x, lengths), inputs)
+    for x, reference in zip(got, want):
+        torch.testing.assert_close(x, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_leaks_between_documents_or_back_in_time(kind):
+    """By gradients: an output depends on its own document up to itself, and on the first of it."""
+    lengths = (70, 1, 90, 3)
+    inputs = inputs_of(kind, sum(lengths))
+    out = FUNCTIONS[kind](*inputs, *where(lengths))
+    back = 4 if kind == "short convolution" else 1000
+    for place in (0, 69, 70, 71, 74, 133, 160, 161, 163):
+        start = max(start for start in (0, 70, 71, 161) if start <= place)
+        grads = torch.autograd.grad(out[place].sum(), inputs, retain_graph=True)
+        for x, grad in zip(inputs, grads):
+            if len(x) == len(out):
+                seen = (grad.flatten(1).abs().sum(1) > 1e-13).nonzero().flatten()  # sums of decays cancel, but round
+                assert set(seen.tolist()) <= set(range(start, place + 1))
+        values = grads[{"gated delta rule": 2}.get(kind, 0)].flatten(1).abs().sum(1)
+        assert values[max(start, place - back + 1):place + 1].gt(0).all()
+
+
+def test_mamba_2_is_attention_without_softmax_whose_scores_decay():
+    x, dt, a, b, c = inputs_of("state space", 150)
+    total = (dt * a).cumsum(0).T
+    scores = torch.einsum("thn,shn->hts", c, b) * (total[:, :, None] - total[:, None]).exp().tril()
+    torch.testing.assert_close(hybrid.state_space(x, dt, a, b, c, *where([150])),
+                               torch.einsum("hts,shp->thp", scores, dt[..., None] * x))
+
+
+def test_decays_to_nothing_stay_finite():
+    """exp(-40) a token: products over a chunk underflow, quotients of them would overflow."""
+    q, k, v, log_decay, beta = inputs_of("gated delta rule", 130, dtype=torch.float32)
+    inputs = q, k, v, log_decay - 40, beta
+    results = with_gradients(lambda *x: hybrid.gated_delta_rule(*x, *where([130])), inputs)
+    assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_inputs_compute_in_fp32(kind):
+    lengths = (100, 1, 99)
+    inputs = inputs_of(kind, 200, dtype=torch.bfloat16)
+    got = with_gradients(lambda *x: FUNCTIONS[kind](*x, *where(lengths)), inputs)
+    want = with_gradients(lambda *x: token_by_token(kind, *x, lengths), inputs)
+    for x, reference, source in zip(got, want, [None, *inputs]):
+        assert x.dtype == (torch.bfloat16 if source is None else source.dtype) and error(x, reference) < 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 13])
+def test_scan_equals_a_loop(count):
+    torch.manual_seed(0)
+    decay, state = (torch.randn(count, 2, 3, n, dtype=torch.float64) for n in (3, 5))
+    s, want = torch.zeros(2, 3, 5, dtype=torch.float64), []
+    for n in range(count):
+        s = decay[n] @ s + state[n]
+        want.append(s)
+    torch.testing.assert_close(hybrid.scan(torch.matmul, decay, state), torch.stack(want))
+
+
+@pytest.mark.parametrize("lengths", [*PACKED, (1,) * 200, (64, 63) * 3, (0, 0, 65)], ids=lambda x: str(x)[:30])
+def test_chunk_table_holds_every_chunk_once_and_else_nothing(lengths):
+    table = hybrid.chunk_table(borders(lengths), sum(lengths)).tolist()
+    chunks = [[i, n] for i, length in enumerate(lengths) for n in range(-(-length // hybrid.CHUNK))]
+    assert table[:len(chunks)] == chunks and len(table) == sum(lengths) // hybrid.CHUNK + len(lengths)
+    assert all(hybrid.CHUNK * n >= lengths[document] for document, n in table[len(chunks):])
+
+
+# Stand-ins with the signatures of fla-core 0.6.0 and mamba-ssm 2.3.2 show that the wiring is right on a CPU
+
+
+def gradients(function, inputs, dout):
+    """In a thread: inside a custom op autograd is off."""
+    def run():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, dout, materialize_grads=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+def check(cu_seqlens, chunk_indices, *tensors):
+    assert all(x.size(0) == 1 and x.is_contiguous() for x in tensors)
+    assert cu_seqlens.dtype == torch.int32
+    if chunk_indices is not None:
+        assert torch.equal(chunk_indices, hybrid.chunk_table(cu_seqlens, tensors[0].size(1)))
+
+
+def gated_delta_rule_module():
+    def chunk_gated_delta_rule_fwd(
+            q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first=False, cu_seqlens=None,
+            cp_context=None, chunk_indices=None, use_gate_in_kernel=False, A_log=None, dt_bias=None, chunk_size=64):
+        check(cu_seqlens, chunk_indices, q, k, v, g, beta)
+        assert scale == q.size(-1)**-0.5 and initial_state is None and not output_final_state and chunk_size == 64
+        out = hybrid.delta_rule_reference(q[0], k[0], v[0], g[0], beta[0], cu_seqlens, None)[None].contiguous()
+        return g + 0.0, out, torch.full((*v.shape[:3], 64), 7.0, dtype=k.dtype), None, None, None
+
+    def chunk_gated_delta_rule_bwd(
+            q, k, v, g, beta, A, scale, initial_state, do, dht, state_v_first=False, cu_seqlens=None, cp_context=None,
+            chunk_indices=None, use_gate_in_kernel=False, g_input=None, A_log=None, dt_bias=None, chunk_size=64):
+        check(cu_seqlens, chunk_indices, q, k, v, g, beta, A, do)
+        assert A.eq(7.0).all() and A.shape == (*v.shape[:3], 64) and initial_state is dht is None
+        dq, dk, dv, dg, dbeta = gradients(
+            lambda *x: hybrid.delta_rule_reference(*x, cu_seqlens, None), [x[0] for x in (q, k, v, g, beta)], do[0])
+        return *(x[None] for x in (dq, dk, dv, dbeta, dg)), None, None, None
+
+    return types.SimpleNamespace(**locals())
+
+
+def simple_gla_module():
+    def chunk_local_cumsum(g, chunk_size, reverse=False, scale=None, cu_seqlens=None, output_dtype=torch.float,
+                           chunk_indices=None, use_graph=False):
+        assert chunk_size == 64 and scale == (None if reverse else 1.5)
+        return g.clone()
+
+    def chunk_simple_gla_fwd(
+            q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False,
+            state_v_first=False, cu_seqlens=None, chunk_size=64, chunk_indices=None):
+        check(cu_seqlens, chunk_indices, q, k, v, g)
+        assert scale == 1.0
+        return hybrid.chunked_recurrence(q[0], k[0], v[0], g[0], None, cu_seqlens)[None].contiguous(), None
+
+    def chunk_simple_gla_bwd(
+            q, k, v, g, g_gamma, initial_state, do, dht, scale, state_v_first=False, cu_seqlens=None, chunk_size=64,
+            chunk_indices=None):
+        check(cu_seqlens, chunk_indices, q, k, v, g, do)
+        assert scale == 1.0 and g_gamma is initial_state is dht is None
+        inputs = [x[0] for x in (q, k, v, g)]
+        grads = gradients(lambda *x: hybrid.chunked_recurrence(*x, None, cu_seqlens), inputs, do[0])
+        return *(x[None] for x in grads), None
+
+    return types.SimpleNamespace(RCP_LN2=1.5, **locals())
+
+
+def causal_conv1d_module():
+    def causal_conv1d_fwd(
+            x, weight, bias, residual, initial_state=None, output_final_state=False, activation=None, cu_seqlens=None,
+            cu_seqlens_cpu=None, chunk_indices=None, chunk_size=64, layout_fallback=False):
+        check(cu_seqlens, chunk_indices, x)
+        assert bias is residual is initial_state is None and activation == "silu"
+        return hybrid.short_convolution_reference(x[0], weight, cu_seqlens, None)[None], None
+
+    def causal_conv1d_bwd(
+            x, dy, dht, weight=None, bias=None, residual=None, initial_state=None, activation=None, cu_seqlens=None,
+            cu_seqlens_cpu=None, chunk_indices=None, chunk_size=64, layout_fallback=False):
+        check(cu_seqlens, chunk_indices, x, dy)
+        assert dht is None and activation == "silu"
+        dx, dw = gradients(lambda *x: hybrid.short_convolution_reference(*x, cu_seqlens, None), (x[0], weight), dy[0])
+        return dx[None], dw, None, None, None
+
+    return types.SimpleNamespace(**locals())
+
+
+def mamba_module():
+    def lengths_of(seq_idx):
+        return seq_idx[0].unique_consecutive(return_counts=True)[1]
+
+    def _mamba_chunk_scan_combined_fwd(
+            x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
+            cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):
+        assert seq_idx.dtype == torch.int32 and seq_idx.shape == x.shape[:2] and D is z is dt_bias is cu_seqlens is None
+        inputs = x[0], dt[0], A, B[0], C[0]
+        out = hybrid.state_space_reference(*inputs, borders(lengths_of(seq_idx)), None)[None].contiguous()
+        return out, None, None, None, None, None
+
+    def _mamba_chunk_scan_combined_bwd(
+            dout, x, dt, A, B, C, out, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+            dfinal_states=None, seq_idx=None, dt_softplus=False, dt_limit=(0.0, float("inf")), dx=None, ddt=None,
+            dB=None, dC=None, dz=None, recompute_output=False):
+        assert out.shape == x.shape and not dt_softplus
+        dx, ddt, dA, dB, dC = gradients(
+            lambda *x: hybrid.state_space_reference(*x, borders(lengths_of(seq_idx)), None),
+            (x[0], dt[0], A, B[0], C[0]), dout[0])
+        return dx[None], ddt[None], dA, dB[None], dC[None], None, None, None, None
+
+    return types.SimpleNamespace(**locals())
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    modules = {"ops.gated_delta_rule.chunk": gated_delta_rule_module(), "ops.simple_gla.chunk": simple_gla_module(),
+               "modules.causal_conv1d.ops": causal_conv1d_module()}
+    mamba = mamba_module()
+    monkeypatch.setattr(hybrid, "fla", modules.__getitem__)
+    monkeypatch.setattr(hybrid, "mamba_ssm", lambda: mamba)
+
+
+BACKENDS = [(kind, name) for kind in KINDS for name in hybrid.RECURRENCES[kind] if name != "reference"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, name", BACKENDS)
+def test_the_custom_op_passes_on_what_the_package_computes(kind, name, dtype, packages):
+    """Values, every gradient in its place, and types; sliced inputs are made contiguous."""
+    lengths = (30, 1, 0, 69, 0)
+    inputs = inputs_of(kind, 100, dtype=dtype)
+    want = with_gradients(lambda *x: hybrid.RECURRENCES[kind]["reference"][0](*x, *where(lengths)), inputs)
+    got = with_gradients(lambda *x: hybrid.RECURRENCES[kind][name][0](*x, *where(lengths)), inputs)
+    for x, reference in zip(got, want):
+        torch.testing.assert_close(x, reference, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, name", BACKENDS)
+def test_custom_ops_are_sound(kind, name, packages):
+    """Schema, fake and backward of each op, as torch checks them; the fakes of the backward ops agree with them."""
+    inputs = inputs_of(kind, 70, dtype=torch.float32)
+    op = {"gated delta rule fla": hybrid.delta_rule_op, "state space fla": hybrid.decayed_attention_op,
+          "state space mamba-ssm": hybrid.state_space_op, "short convolution fla": hybrid.short_convolution_op}[
+              f"{kind} {name}"]
+    rest = where((30, 40))
+    if name == "mamba-ssm" or kind == "state space":
+        rest = rest[:1]
+    if op is hybrid.decayed_attention_op:
+        x, dt, a, b, c = inputs
+        inputs = [x.detach().requires_grad_() for x in (c, b, x, dt * a)]
+    torch.library.opcheck(op, (*inputs, *rest), test_utils=("test_schema", "test_autograd_registration",
+                                                            "test_faketensor", "test_aot_dispatch_static"))
+
+
+@pytest.mark.parametrize("kind, name", [*BACKENDS, *((kind, "reference") for kind in KINDS)])
+def test_compiled_equals_eager_and_no_number_of_documents_recompiles(kind, name, packages):
+    function = hybrid.RECURRENCES[kind][name][0]
+
+    def layer(*inputs):
+        return 2 * function(*inputs).square()
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    inputs = inputs_of(kind, 100, dtype=torch.float32)
+    for lengths in ((100, 0, 0), (10, 20, 70, 0, 0), (50, 50, 0)):
+        rest = where(lengths)
+        for x in rest:
+            torch._dynamo.mark_dynamic(x, 0)
+        got = with_gradients(lambda *x: compiled(*x, *rest), inputs)  # noqa: B023 (called at once)
+        want = with_gradients(lambda *x: layer(*x, *rest), inputs)  # noqa: B023
+        for x, reference in zip(got, want):
+            torch.testing.assert_close(x, reference, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+# The choice of a backend
+
+
+def pretend_gpu(monkeypatch, capability=(9, 0)) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_on_a_cpu_is_the_reference(kind):
+    assert hybrid.choose_recurrence(kind, "auto", CPU) == "reference"
+
+
+@pytest.mark.parametrize("kind, name", BACKENDS)
+def test_forcing_a_gpu_backend_on_a_cpu_is_refused_in_one_line(kind, name):
+    with pytest.raises(hybrid.UserError, match=f"{name} for the {kind} needs a GPU") as refusal:
+        hybrid.choose_recurrence(kind, name, CPU)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_backend_of_another_recurrence_is_refused_in_one_line():
+    with pytest.raises(hybrid.UserError, match="no kernel of mamba-ssm for the gated delta rule, there are") as refusal:
+        hybrid.choose_recurrence("gated delta rule", "mamba-ssm", CPU)
+    assert "\n" not in str(refusal.value)
+
+
+def test_auto_takes_the_first_that_imports_and_runs(monkeypatch, packages):
+    device = pretend_gpu(monkeypatch)
+    assert hybrid.choose_recurrence("state space", "auto", device) == "fla"
+    assert hybrid.recurrence_in_use["state space"] is hybrid.state_space_fla
+
+    def broken(*_):
+        raise OSError("undefined symbol:\n  _ZN3c10")
+
+    monkeypatch.setattr(hybrid, "fla", broken)
+    assert hybrid.choose_recurrence("state space", "auto", device) == "mamba-ssm"
+    assert hybrid.choose_recurrence("gated delta rule", "auto", device) == "reference"
+    with pytest.raises(hybrid.UserError, match="does not import .OSError: undefined symbol: _ZN3c10") as refusal:
+        hybrid.choose_recurrence("state space", "fla", device)
+    assert "\n" not in str(refusal.value)
+    assert hybrid.choose_recurrence("state space", "auto", pretend_gpu(monkeypatch, (7, 5))) == "reference"
+
+
+def test_mamba_ssm_is_imported_without_its_init(tmp_path, monkeypatch):
+    """Its __init__ wants an extension that is not compiled."""
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda")
+    (folder / "ssd_combined.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    hybrid.mamba_ssm.cache_clear()
+    try:
+        assert hybrid.mamba_ssm().answer == 42
+    finally:
+        hybrid.mamba_ssm.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+
+def test_few_configurations_are_left_to_tune(monkeypatch):
+    class Wrapper:  # as triton.heuristics and triton.autotune wrap a kernel
+        def __init__(self, fn, configs=None):
+            self.fn = fn
+            if configs:
+                self.configs = configs
+
+    def config(warps, stages, **kwargs):
+        return types.SimpleNamespace(num_warps=warps, num_stages=stages, kwargs=kwargs)
+
+    configs = [config(warps, stages, BV=size) for warps in (2, 4, 8) for stages in (2, 3, 4) for size in (32, 64)]
+    modules = [types.ModuleType("fake_package"), types.ModuleType("fake_package.kernels")]
+    modules[1].kernel = Wrapper(Wrapper(lambda: 0, configs))
+    modules[1].single, modules[1].other = Wrapper(Wrapper(lambda: 0, [config(8, 1)])), 3
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert hybrid.few_configurations(modules[0]) is modules[0]
+    left = [(config.num_warps, config.num_stages, config.kwargs["BV"]) for config in modules[1].kernel.fn.configs]
+    assert left == [(4, 3, 64), (4, 3, 32)]
+    assert len(modules[1].single.fn.configs) == 1
+
+
+# Differential attention
+
+
+def differential_inputs(tokens=60, heads=3, dim=4):
+    torch.manual_seed(0)
+    shapes = (tokens, heads, 2, dim), (tokens, heads, 2, dim), (tokens, heads, 2 * dim)
+    return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_differential_attention_is_the_difference_of_two_maps(wide):
+    q, k, v = differential_inputs()
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    numbers = [torch.tensor(x) for x in (40, 17, 0.5)]
+
+    def plain(q, k, v, weight):
+        maps = [hybrid.varlen_attention(q[:, :, i], k[:, :, i], v, borders([20, 40]), *numbers) for i in range(2)]
+        return maps[0] - weight * maps[1]
+
+    got = with_gradients(lambda *x: hybrid.differential_attention(*x, borders([20, 40]), *numbers, wide),
+                         (q, k, v, weight))
+    for x, reference in zip(got, with_gradients(plain, (q, k, v, weight))):
+        torch.testing.assert_close(x, reference)
+
+
+def test_without_its_second_map_differential_attention_is_plain():
+    q, k, v = differential_inputs()
+    numbers = [torch.tensor(x) for x in (60, 60, 0.5)]
+    got = hybrid.differential_attention(q, k, v, torch.zeros(()), borders([60]), *numbers, True)
+    torch.testing.assert_close(got, hybrid.varlen_attention(q[:, :, 0], k[:, :, 0], v, borders([60]), *numbers))
+
+
+def test_wide_values_where_the_kernel_takes_them(monkeypatch):
+    """flash-attn-4's backward tile for keys of 64 channels is changed for wide values only."""
+    assert hybrid.values_twice_as_wide(64)
+    interface = types.ModuleType("flash_attn.cute.interface")
+    interface._tile_size_bwd_sm90 = lambda head_dim, head_dim_v, causal, local: (head_dim, head_dim_v, causal, local)
+    for name, module in (("flash_attn", types.ModuleType("flash_attn")),
+                         ("flash_attn.cute", types.ModuleType("flash_attn.cute")),
+                         ("flash_attn.cute.interface", interface)):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert hybrid.choose_attention("flash-attn-4", pretend_gpu(monkeypatch)) == "flash-attn-4"
+    assert not hybrid.values_twice_as_wide(128)
+    assert hybrid.values_twice_as_wide(64) and hybrid.values_twice_as_wide(64)
+    tile = interface._tile_size_bwd_sm90
+    assert tile(64, 128, True, local=False) == (128, 128, True, False)
+    assert tile(64, 64, True, local=False)[0] == 64 and tile(96, 128, True, local=False)[0] == 96
+    hybrid.choose_attention("torch", torch.device("cuda"))
+    assert not hybrid.values_twice_as_wide(64)
+
+
+# On a GPU: every backend that imports, against the recurrence in float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("heads, keys, values", [(6, 64, 128), (12, 32, 64), (4, 128, 128)])
+@pytest.mark.parametrize("kind, name", BACKENDS)
+def test_a_kernel_equals_the_recurrence(kind, name, heads, keys, values):
+    lengths, device = (1, 2, 63, 64, 65, 700, 128, 1, 0, 0, 0), torch.device("cuda")
+    try:
+        hybrid.choose_recurrence(kind, name, device)
+    except hybrid.UserError as refusal:
+        pytest.skip(str(refusal))
+    inputs = inputs_of(kind, sum(lengths), heads, keys, values * heads if kind == "short convolution" else values,
+                       torch.bfloat16, device)
+    got = with_gradients(lambda *x: FUNCTIONS[kind](*x, *where(lengths, device)), inputs)
+    doubles = [x.detach().double() for x in inputs]
+    want = with_gradients(lambda *x: hybrid.RECURRENCES[kind]["reference"][0](*x, *where(lengths, device)), doubles)
+    for i, (x, reference) in enumerate(zip(got, want)):
+        assert error(x, reference) < 1e-2, f"{'output' if not i else f'gradient {i - 1}'}: {error(x, reference)}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_differential_attention_on_a_gpu_equals_the_reference(dim):
+    device, lengths = torch.device("cuda"), (1, 700, 64, 1000, 0, 0)
+    inputs = [x.detach().to(device, torch.bfloat16) for x in differential_inputs(sum(lengths), 3, dim)]
+    weight = torch.tensor(0.4, device=device)
+    results = []
+    for name in ("auto", "reference"):
+        hybrid.choose_attention(name, device)
+        wide = hybrid.values_twice_as_wide(dim)
+        numbers = [torch.tensor(x) for x in (1000, 300, dim**-0.5)]
+        results.append(with_gradients(
+            lambda *x: hybrid.differential_attention(*x, borders(lengths, device), *numbers, wide),  # noqa: B023
+            [*inputs, weight]))
+    for x, reference in zip(*results):
+        assert error(x, reference) < 1e-2
