@@ -81,6 +81,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def mark(self) -> torch.cuda.Event | None:
+        """On a GPU, the moment at which all work given to it so far is done."""
+        if self.gpu:
+            (event := torch.cuda.Event(enable_timing=True)).record()
+            return event
+
     def barrier(self):
         if self.gpu:
             torch.cuda.synchronize()
@@ -406,6 +412,7 @@ class AdamBank(Bank):
         super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
         self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
         self.group, self.every = group, group.every
+        compile = compile and self.part > 2**20  # a graph for gates and scalars does not pay for its compilation
         self.function = torch.compile(adam_update, dynamic=True, fullgraph=True) if compile else adam_update
 
     def update(self, count: int, lr: float, momentum: float):
@@ -1288,7 +1295,8 @@ class Hyperparameters:
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
     loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
-    document_tails: Literal["continue", "drop"] = "continue"  # the rest of a cut document: a new piece, or lost
+    document_tails: Literal["continue", "drop"] = "drop"
+    """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25)),
         Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5, 0.0)),
@@ -1352,15 +1360,16 @@ PRESETS = {
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
                 sample_stage(0.25, (64, 256))),
-        val_windows=(64, 384), layers="lv d r dv", model_dim=192, num_heads=3, kv_heads=3, diff_heads=3,
-        recurrent_heads=3),
+        document_tails="continue", val_windows=(64, 384), layers="lv d r dv", model_dim=192,
+        num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3),
     "dragon": Hyperparameters(  # 20 layers, 759M parameters, 10B tokens in documents of 4,736
         preset="dragon", max_tokens=32_990 * 303_104, optimizer="adamw", adamw_lr=9.7e-4, row_tokens=4736,
         micro_batch_tokens=8 * 4736, stages=(
             dragon_stage(0.0045, 64, 0.5), dragon_stage(0.2955, 1216, 1.0), dragon_stage(0.3, 3584, 1.0),
             dragon_stage(0.4, 4736, 1.0)),
-        val_windows=(1024, 4736), cooldown=(0.85, 1.0), lr_floor=0.0, layers=default_layers(20), model_dim=1280,
-        expand=2, num_heads=20, kv_heads=10, diff_heads=10, recurrent_heads=20, extras=False, init_std=0.006),
+        document_tails="continue", val_windows=(1024, 4736), cooldown=(0.85, 1.0), lr_floor=0.0,
+        layers=default_layers(20), model_dim=1280, expand=2, num_heads=20, kv_heads=10, diff_heads=10,
+        recurrent_heads=20, extras=False, init_std=0.006),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1368,6 +1377,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
+SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "TORCH", "TRITON")  # variables to log
 FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
               "val_every"}  # in which a run and its resumption may differ
 
@@ -1419,8 +1429,6 @@ class Run:
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.world = args, world
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
-        if args.compile and world.gpu:  # Triton's compilers start up while flash-attn imports
-            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
         self.attention = choose_attention(args.attention, world.device)
         self.loader = TrainLoader(self.data, world, args.row_tokens, args.micro_batch_tokens, args.document_tails)
         self.val_rows = val_rows(self.data, world, args.val_tokens, args.val_row_tokens)
@@ -1443,42 +1451,42 @@ class Run:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
-            self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1)
+            self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1,
+                             encoding="utf-8")
+        self.digest = hashlib.sha256()  # of all that the log says
 
     def log(self, text: str, console: bool = True):
         if self.file:
+            self.digest.update(f"{text}\n".encode())
             print(text, file=self.file)
             if console:
                 print(text, flush=True)
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        if self.args.compile:
-            torch._dynamo.mark_dynamic(batch[2], 0)  # the number of documents varies, and must not recompile
-        return self.model(*batch, stage)
-
     def warm_up(self):
         """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
-        def random_batch(size: int):
-            tokens = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
-            return *tokens.clone().unbind(), torch.linspace(0, size, 64, device=self.world.device).int()
-
+        torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
+        torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         self.model.compile()
-        for size in sorted({self.loader.micro_batch_rows(n) * self.args.row_tokens for n in self.schedule.batches}):
-            self.loss(random_batch(size), self.model.stage_inputs(0)).backward()
+        sizes = {self.loader.micro_batch_rows(batch) * self.args.row_tokens for batch in self.schedule.batches}
+        for size in sorted(sizes | {self.args.val_row_tokens}):
+            tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
+            borders = torch.linspace(0, size, 64, device=self.world.device).int()
+            torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
+            loss = self.model(tokens.clone(), targets.clone(), borders, self.model.stage_inputs(0))
+            if size in sizes:
+                loss.backward()
         self.optimizer.step(1, 0.0, 0.9)
-        with torch.no_grad():
-            self.loss(random_batch(self.args.val_row_tokens), self.model.stage_inputs(0, validation=True))
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
 
-    @torch.no_grad()
     def validate(self) -> float:
-        """Mean cross-entropy of the next token over the validation set, nats."""
+        """Mean cross-entropy of the next token over the validation set, nats. The training graphs serve: no_grad
+        would have them all compiled once more."""
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.val_rows:
-            total += self.loss(batch, stage)
+            total += self.model(*batch, stage).detach()
         return self.world.sum(total).item() / self.args.val_tokens
 
     def train_step(self):
@@ -1488,15 +1496,13 @@ class Run:
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
-            loss = self.loss(batch, stage) / row.batch_tokens
+            loss = self.model(*batch, stage) / row.batch_tokens
             loss.backward()
             report[0] += loss.detach() / stage.loss_weights.sum()
         self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
         self.step += 1
         on_host = torch.empty(2, pin_memory=self.world.gpu).copy_(self.world.sum(report), non_blocking=True)
-        arrived = torch.cuda.Event() if self.world.gpu else None
-        if arrived:
-            arrived.record()
+        if arrived := self.world.mark():
             self.read_report()  # that of the step before, while this one runs
         self.unread = self.step, row.batch_tokens, on_host, arrived
         if not arrived:
@@ -1513,7 +1519,8 @@ class Run:
         if not math.isfinite(loss):
             self.diverged("training", loss, step)
         self.stop |= stop > 0
-        now, done = self.clock(), self.schedule.tokens_until(step)
+        now = self.seconds + self.began.elapsed_time(arrived) / 1000 if arrived else self.clock()
+        done = self.schedule.tokens_until(step)
         seconds, self.last_report = now - self.last_report, now
         utilisation = self.utilisation(batch_tokens / seconds)
         mfu = f" mfu:{utilisation:.3f}" if utilisation else ""
@@ -1539,7 +1546,7 @@ class Run:
 
     def start_clock(self):
         self.world.barrier()
-        self.started = time.perf_counter()
+        self.began, self.started = self.world.mark(), time.perf_counter()
 
     def stop_clock(self):
         self.read_report()
@@ -1609,13 +1616,17 @@ class Run:
             done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=SCRIPT.parent)
             return done.stdout.strip() if done.returncode == 0 else None
 
+        cpuinfo = Path("/proc/cpuinfo")
+        cpu = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        cpu = f"{cpu[1] if cpu else platform.machine()} CPU"
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
             "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"),
             "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
             "cuda": torch.version.cuda, "numpy": np.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None),
-            "device": torch.cuda.get_device_name() if self.world.gpu else f"{platform.machine()} CPU",
+            "device": torch.cuda.get_device_name() if self.world.gpu else cpu,
+            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
             "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
             "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
@@ -1667,12 +1678,14 @@ class Run:
         speed, reached = self.schedule.tokens / self.seconds, self.val_loss <= args.target
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
-        self.log(json.dumps({
+        closing = json.dumps({
             "val_loss": self.val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
             "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
             "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
-            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment}))
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
+        self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
+        self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
 
 def plain(args: "Hyperparameters") -> dict:
     """The hyperparameters as JSON knows them."""

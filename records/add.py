@@ -1,7 +1,7 @@
 """Appends a record: checks the logs of all seeds of one script, and either refuses with the reason or writes
 records/<track>/<date>_<name>/ and rebuilds the leaderboard.
 
-    python records/add.py logs/*_train_gpt_*.txt --name LongerWindows --by "Ada Lovelace" --readme "What and why"
+    python records/add.py logs/*_train_gpt_*.txt --name LongerWindows --by "Your Name" --readme "What and why"
 """
 
 import os

@@ -10,10 +10,10 @@ pytest.importorskip("lm_eval", reason="needs lm-eval (requirements-test.txt)")
 import lm_eval
 import yaml
 from lm_eval.tasks import TaskManager
-from test_evals import HELLASWAG, LAMBADA, flags, language_model, one_thread, write_lines  # noqa: F401
 
 from evals import hellaswag, lambada, recall
 from evals.lm_eval_adapter import CheckpointLM
+from test_evals import HELLASWAG, LAMBADA, flags, language_model, one_thread, write_lines  # noqa: F401
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 

@@ -11,10 +11,9 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (requirements-evals.txt)")
 
+from evals import report
 from test_evals import BYTES, HELLASWAG, LAMBADA, checkpoint, one_thread, write_lines  # noqa: F401
 from test_evals_recall import PAGES, SQUAD
-
-from evals import report
 
 
 @pytest.fixture

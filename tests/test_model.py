@@ -276,7 +276,6 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     torch._dynamo.reset()
     eager, compiled = (random_model(stages=stages).float() for _ in range(2))
     compiled.compile()
