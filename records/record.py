@@ -157,6 +157,10 @@ def check_runs(track: Track, logs: list[Log], others: list[Record]):
             raise Refused(f"{log.name} has no log_sha256: it is of an older script, run it again")
         if log.source != first.source:
             raise Refused(f"{log.name} and {first.name} are of different sources")
+        switches = [name for name in log.result.get("variables", {})
+                    if SETTING_VARIABLE.fullmatch(name) and not name.endswith("_CACHE_DIR")]
+        if switches:
+            raise Refused(f"{', '.join(switches)} was set when {log.name} was run: run it again without")
         for key in SAME_IN_ALL_RUNS:
             mine, its = log.result.get(key), first.result.get(key)
             if mine != its:

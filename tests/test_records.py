@@ -378,6 +378,8 @@ REFUSALS = {  # name: (logs, what the refusal says)
     "loss too high": (lambda: [log_text(s, loss=1.8) for s in range(3)], r"is not below 1.8 at p < 0.01: p = 0\."),
     "loss barely low": (lambda: [log_text(s, loss=1.7995) for s in range(3)],
                         "mean loss 1.79.. of 3 runs is not below 1.8"),
+    "compiler switched from outside": (lambda: three(variables={"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}),
+                                       "TORCHINDUCTOR_MAX_AUTOTUNE was set when"),
     "no noise": (lambda: same_losses(), "all runs end in the loss 1.7: the seed changes"),
 }
 
