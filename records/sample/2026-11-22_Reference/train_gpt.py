@@ -1,0 +1,1207 @@
+"""
+train_gpt.py: the speedrun Transformer, from tokens to a logged result in one file.
+
+One block, for T packed tokens of model_dim D with H heads of D/H. There is no batch dimension: documents lie end to end
+in one row, and cu_seqlens says where each begins.
+
+    x   (T, D)  <- a x + b x0                                   x0: the normalised token embedding, into every layer
+    qkv (T, 3, H, D/H) = W_qkv norm(x);  q, k <- rope(norm(q)), rope(norm(k));  v <- v + g * value_embedding(token)
+    x   (T, D)  <- x + W_out attention(q, k, v)                 causal, inside the document, short or long window
+    x   (T, D)  <- c x + W_down relu(W_up norm(x))^2            hidden width 4 D
+
+The loss is the cross-entropy of 23 sigmoid((W_head norm(x) + 5) / 7.5). Norms are gainless RMSNorm; output projections
+and the head start at zero. Matrices learn by NorMuon, everything else by Adam. The method is that of the public GPT
+speedrun (github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines.
+Last result: 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet measured on FineWeb).
+"""
+import time
+
+process_start = time.perf_counter()
+
+import bisect
+import dataclasses
+import gc
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches of changing size fragment less
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take 7 s to compile: once
+
+gc.disable()  # until the clock starts: imports and tracing make objects that stay (0.5 s off the imports)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setup [same]
+# ----------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).resolve()
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what is wrong and what to do. Rank 0 prints it; exit 2."""
+
+class World:
+    """The processes of this run, one per GPU as torchrun's environment says, or one alone; matrices are of `dtype`."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.gpu else torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds `tensor` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mark(self) -> torch.cuda.Event | None:
+        """On a GPU, the moment at which all work given to it so far is done."""
+        if self.gpu:
+            (event := torch.cuda.Event(enable_timing=True)).record()
+            return event
+
+    def barrier(self):
+        if self.gpu:
+            torch.cuda.synchronize()
+        if self.size > 1:
+            dist.barrier()
+
+def atomic_save(state: dict, path: Path):
+    """torch.save under a temporary name, fsync, rename: `path` never holds a partial file."""
+    with open(temporary := path.with_name(f".{path.name}.partial"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data [same]
+# ----------------------------------------------------------------------------------------------------------------------
+
+def shard_tokens(path: Path) -> int:
+    """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
+    header, size = np.fromfile(path, dtype=np.int32, count=256), path.stat().st_size
+    if len(header) < 256 or header[0] != 20240520:
+        fault = "is no token shard (it does not begin with 20240520)"
+    elif header[1] != 1:
+        fault = f"is of shard version {header[1]}, and this script reads version 1"
+    elif size != 1024 + 2 * int(header[2]):
+        fault = f"holds {(size - 1024) / 2:g} tokens, and its header says {header[2]}"
+    else:
+        return int(header[2])
+    raise UserError(f"{path} {fault}: download it or make it again")
+
+class Dataset:
+    """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.train, self.val = (sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
+        if not self.train or not self.val:
+            raise UserError(f"no {'validation' if self.train else 'training'} shard in {folder}: get data with `python "
+                            "data/fineweb.py` or data/tokenize_text.py, or try the sample: `./run.sh --preset sample`")
+        described = self.folder / "dataset.json"
+        self.about = {"name": self.folder.name, "tokenizer": "gpt2", "vocab_size": 50257, "document_separator": 50256}
+        try:
+            self.about |= json.loads(described.read_text()) if described.exists() else {}
+            self.vocab_size, self.separator = int(self.about["vocab_size"]), int(self.about["document_separator"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{described} is damaged ({error}): mend it, or make the dataset again") from error
+        self.tokens = {path: shard_tokens(path) for path in self.train + self.val}
+        # names, sizes, heads and tails of all shards: cheap, and enough to tell whether two runs had the same data
+        digest = hashlib.sha256()
+        for path, tokens in self.tokens.items():
+            shard = np.memmap(path, np.uint16, "r")
+            digest.update(f"{path.name} {tokens}\n".encode() + shard[:1 << 15].tobytes() + shard[-1 << 15:].tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def read(self, path: Path) -> np.ndarray:
+        """The tokens of one shard, uint16 (tokens,)."""
+        tokens = np.fromfile(path, dtype=np.uint16, offset=1024)
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(f"{path} has token {tokens.max()}, outside its vocabulary of {self.vocab_size}: "
+                            "make it again, or correct vocab_size in dataset.json")
+        return tokens
+
+class TokenStream:
+    """All training shards end to end, epoch after epoch: one endless sequence. The next shard is read in a thread."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.thread, self.loaded = dataset, ThreadPoolExecutor(1), {}
+        self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train])
+        self.epoch_tokens = int(self.ends[-1])
+        if not self.epoch_tokens:
+            raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """Tokens [position, position + count) of the stream, uint16."""
+        parts = []
+        while count:
+            offset = position % self.epoch_tokens
+            index = int(np.searchsorted(self.ends, offset, side="right"))
+            wanted = (index, (index + 1) % len(self.ends))
+            self.loaded = {i: self.loaded.get(i) or self.thread.submit(self.dataset.read, self.dataset.train[i])
+                           for i in wanted}
+            shard = self.loaded[index].result()
+            parts.append(shard[offset - int(self.ends[index]) + len(shard):][:count])
+            position, count = position + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
+
+def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
+    """Cuts the head of `tokens` into `rows` rows of pieces, each piece (start, length) from one document.
+
+    A document longer than `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a
+    new piece, and every token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
+    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon.
+    """
+    starts = np.flatnonzero(tokens == separator).tolist()
+    table, position = [], 0
+    for _ in range(rows):
+        pieces, room = [], row_tokens
+        while room:
+            following = bisect.bisect_right(starts, position)
+            end = starts[following] if following < len(starts) else len(tokens)
+            length = min(end - position, longest, room)
+            # the token after a piece is its last target; to drop a tail, its end must be in sight
+            if position + length >= len(tokens) or (tails == "drop" and following == len(starts)):
+                return None
+            pieces.append((position, length))
+            position = end if tails == "drop" else position + length
+            room -= length
+        table.append(pieces)
+    return table, position
+
+def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays pieces of `tokens` end to end: (tokens (T,), targets (T,), cu_seqlens (pieces + 1, padded) int32)."""
+    where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
+    borders = np.cumsum([0] + [length for _, length in pieces])
+    borders = np.pad(borders, (0, -len(borders) % 64), mode="edge")  # empty documents; few allocations of odd sizes
+    arrays = [torch.from_numpy(array) for array in (tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64),
+                                                    borders.astype(np.int32))]
+    if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
+        arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
+    return tuple(arrays)
+
+class TrainLoader:
+    """Batches of packed documents: the same token stream for every number of ranks.
+
+    A step's batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-
+    batch as `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore.
+    """
+
+    def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
+        self.stream, self.world, self.separator = TokenStream(dataset), world, dataset.separator
+        self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
+        self.position = self.pieces = 0
+
+    @property
+    def epoch(self) -> int:
+        return self.position // self.stream.epoch_tokens + 1
+
+    def micro_batch_rows(self, batch_tokens: int) -> int:
+        """The most rows that divide one rank's share of a batch and fit into a micro-batch."""
+        share = batch_tokens // self.row_tokens // self.world.size
+        fitting = max(1, self.micro_batch_tokens // self.row_tokens)
+        return max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= fitting)
+
+    def next(self, batch_tokens: int, longest: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's micro-batches of the next step, each (tokens, targets, cu_seqlens)."""
+        rows, cut, span = batch_tokens // self.row_tokens, None, batch_tokens + 1
+        while cut is None:
+            tokens = self.stream.read(self.position, span)
+            cut = cut_rows(tokens, self.separator, rows, self.row_tokens, longest, self.tails)
+            if cut is None and span > self.stream.epoch_tokens and self.separator not in tokens:
+                raise UserError(f"no document begins with {self.separator}, as --document-tails drop needs: leave it "
+                                "at continue, or correct document_separator in dataset.json")
+            span = span * 3 // 2
+        table, consumed = cut
+        self.position += consumed
+        self.pieces += sum(map(len, table))
+        share, size = rows // self.world.size, self.micro_batch_rows(batch_tokens)
+        mine = table[self.world.rank * share:(self.world.rank + 1) * share]
+        return [pack(tokens, sum(mine[i:i + size], []), self.world.device) for i in range(0, share, size)]
+
+def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's rows of the first `tokens` validation tokens; only the rows' borders cut documents."""
+    available = sum(dataset.tokens[path] for path in dataset.val)
+    if not 0 < row_tokens <= tokens < available or tokens % row_tokens:
+        raise UserError(f"--val-tokens {tokens} must be a multiple of --val-row-tokens {row_tokens}, and less than the "
+                        f"{available} tokens of the validation shards in {dataset.folder}")
+    stream, rows = np.concatenate([dataset.read(path) for path in dataset.val]), []
+    for start in range(world.rank * row_tokens, tokens, world.size * row_tokens):
+        row = stream[start:start + row_tokens + 1]
+        (pieces,), _ = cut_rows(row, dataset.separator, 1, row_tokens, row_tokens, "continue")
+        rows.append(pack(row, pieces, world.device))
+    return rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer [same]
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ParamGroup:
+    """Parameters, by name, that learn alike. A Muon parameter of more than two dimensions is a stack of matrices."""
+    method: Literal["muon", "adam"]
+    params: dict[str, nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)  # Adam
+    every: int = 2  # Adam: update on every second step, with the gradients of both
+    cautious: bool = True  # decay only where update and weight agree in sign (arXiv 2510.12402)
+
+# Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+def polar_express(x: Tensor) -> Tensor:
+    """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    x = x.bfloat16() if x.is_cuda else x
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
+    return x
+
+def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor,
+                   mu: Tensor):
+    """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size.
+
+    weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); decay, mu 0-D. In place.
+    """
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    update = polar_express(grad.lerp(momentum, mu)).float()
+    mean_square = update.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)
+    second.lerp_(mean_square, 1 - 0.9)
+    scale = second.clamp_min(1e-10).rsqrt()  # per neuron; the update as a whole keeps its norm
+    scale = scale * (mean_square.sum((1, 2), True) / (mean_square * scale**2).sum((1, 2), True).clamp_min(1e-10)).sqrt()
+    update = update * scale
+    weights.sub_(lr * (update + decay * weights * (update * weights >= 0)))
+
+def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor, beta1: Tensor,
+                beta2: Tensor, count: Tensor, cautious: bool):
+    """AdamW (arXiv 1711.05101): weights, moments and gradient (n,), the rest 0-D. In place."""
+    grad = grad.float()
+    first.lerp_(grad, 1 - beta1)
+    second.lerp_(grad.square(), 1 - beta2)
+    update = first / (1 - beta1**count) / ((second / (1 - beta2**count)).sqrt() + 1e-10)
+    weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
+
+class Bank:
+    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part.
+
+    The parameters become views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32
+    (`master`) with the optimiser's moments (`state`): a step is reduce_scatter, update, all_gather.
+    """
+
+    def __init__(self, world: World, params: dict[str, nn.Parameter], align: int, unit: int):
+        """`align`: elements to which a parameter's place is rounded up; `unit`: the least that a rank can own."""
+        some = next(iter(params.values()))
+        self.starts = np.cumsum([0] + [math.ceil(p.numel() / align) * align for p in params.values()]).tolist()
+        self.world, self.used, self.pending, self.state = world, self.starts[-1], None, {}
+        self.part = math.ceil(self.used / (unit * world.size)) * unit
+        self.weights = torch.zeros(self.part * world.size, dtype=some.dtype, device=some.device)
+        self.grads = torch.zeros_like(self.weights)
+        for param, start in zip(params.values(), self.starts):
+            place = slice(start, start + param.numel())
+            self.weights[place] = param.data.flatten()
+            param.data, param.grad = self.weights[place].view_as(param), self.grads[place].view_as(param)
+        self.own = self.weights[world.rank * self.part:][:self.part]
+        self.grad = torch.empty_like(self.own) if world.size > 1 else self.grads
+        self.master = self.own.float()  # the very same memory if the weights are fp32
+
+    def reset(self):
+        """Forgets what was learnt, after the weights were initialised anew."""
+        self.master.copy_(self.own)
+        for tensor in (self.grads, *self.state.values()):
+            tensor.zero_()
+
+    def reduce(self):
+        if self.world.size > 1:
+            self.pending = dist.reduce_scatter_tensor(self.grad, self.grads, async_op=True)
+
+    def gather(self):
+        self.own.copy_(self.master)
+        if self.world.size > 1:
+            self.pending = dist.all_gather_into_tensor(self.weights, self.own.clone(), async_op=True)
+
+    def wait(self):
+        if self.pending:
+            self.pending.wait()
+        self.pending = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole bank on the CPU, the same for every number of ranks. All ranks take part."""
+        whole = {"grads": self.world.sum(self.grads.clone())[:self.used].cpu()}  # those that wait for Adam's next turn
+        for name, part in {"master": self.master, **self.state}.items():
+            parts = part.new_zeros(self.world.size, part.numel())
+            parts[self.world.rank] = part.flatten()
+            whole[name] = self.world.sum(parts).flatten()[:self.used * part.numel() // self.part].cpu()
+        return whole
+
+    def load_state_dict(self, whole: dict[str, Tensor]):
+        for name, part in {"master": self.master, **self.state}.items():
+            parts = part.new_zeros(self.world.size, part.numel())
+            parts.view(-1)[:len(whole[name])] = whole[name].to(part.device)
+            part.copy_(parts[self.world.rank].view_as(part))
+        self.grads[:self.used] = whole["grads"].to(self.grads.device) / self.world.size  # they are added up again
+        self.gather()
+        self.wait()
+
+class MuonBank(Bank):
+    """A bank of equal matrices (n, rows, cols). A rank owns whole ones, because Muon needs them whole."""
+
+    def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
+        rows, cols = next(iter(params.values())).shape[-2:]
+        super().__init__(world, params, align=1, unit=rows * cols)
+        n, device = self.part // (rows * cols), self.weights.device
+        self.state = {"momentum": torch.zeros(n, rows, cols, device=device),
+                      "second": torch.zeros((n, rows, 1) if rows >= cols else (n, 1, cols), device=device)}
+        lr, decay = torch.zeros(2, n * world.size, 1, 1)
+        for (name, param), start in zip(params.items(), self.starts):
+            place = slice(start // (rows * cols), (start + param.numel()) // (rows * cols))
+            lr[place] = groups[name].lr * math.sqrt(max(1, rows / cols))  # tall ones move their output less
+            decay[place] = groups[name].weight_decay
+        self.lr, self.decay = (x.chunk(world.size)[world.rank].to(device) for x in (lr, decay))
+        self.every = 1
+        self.function = torch.compile(normuon_update, dynamic=False, fullgraph=True) if compile else normuon_update
+
+    def update(self, count: int, lr: float, momentum: float):
+        shape = self.state["momentum"].shape
+        self.function(self.master.view(shape), *self.state.values(), self.grad.view(shape), self.lr * lr,
+                      self.decay * lr, torch.tensor(momentum))
+
+class AdamBank(Bank):
+    """A bank of anything else, cut without regard to shapes, because Adam works element by element."""
+
+    def __init__(self, world: World, group: ParamGroup, params: dict[str, nn.Parameter], compile: bool):
+        super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
+        self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
+        self.group, self.every = group, group.every
+        compile = compile and self.part > 2**20  # a graph for gates and scalars does not pay for its compilation
+        self.function = torch.compile(adam_update, dynamic=True, fullgraph=True) if compile else adam_update
+
+    def update(self, count: int, lr: float, momentum: float):
+        numbers = (self.group.lr * lr, self.group.weight_decay * lr, *self.group.betas, float(count))
+        self.function(self.master, *self.state.values(), self.grad, *map(torch.tensor, numbers), self.group.cautious)
+
+class Optimizer:
+    """NorMuon for stacks of matrices, Adam for the rest, in banks sharded over the ranks."""
+
+    def __init__(self, groups: list[ParamGroup], world: World, compile: bool):
+        stacks, group_of = {}, {name: group for group in groups for name in group.params}
+        for i, group in enumerate(groups):
+            for name, param in group.params.items():
+                key = ("muon", param.shape[-2:]) if group.method == "muon" else (i, param.dtype)
+                stacks.setdefault(key, {})[name] = param
+        self.banks = {
+            " ".join(params): MuonBank(world, group_of, params, compile) if key[0] == "muon"
+            else AdamBank(world, groups[key[0]], params, compile) for key, params in stacks.items()}
+
+    def step(self, step: int, lr: float, momentum: float):
+        """Updates the banks whose turn it is and clears their gradients. `lr` is the schedule's factor."""
+        due = [bank for bank in self.banks.values() if (step + 1) % bank.every == 0]
+        for bank in due:
+            bank.reduce()
+        for bank in due:  # while one bank is updated, the next one's gradients and the last one's weights travel
+            bank.wait()
+            bank.update((step + 1) // bank.every, lr, momentum)
+            bank.gather()
+        for bank in due:
+            bank.wait()
+            bank.grads.zero_()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels [same]
+# ----------------------------------------------------------------------------------------------------------------------
+# A backend is a forward (q, k, v, mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, mask) -> (dq, dk,
+# dv), with shapes as in varlen_attention; `mask` holds the other arguments under the names that flash-attn gives them.
+
+def reference_blocks(q, k, mask, block=256):
+    """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    cu_seqlens, window = mask["cu_seqlens_q"], mask["window_size_left"] + 1
+    index = torch.arange(len(q), device=q.device)
+    first = cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]  # where each token's document begins
+    for start in range(0, len(q), block):
+        queries = slice(start, min(start + block, len(q)))
+        keys = slice(max(start - window + 1, first[start].item()), queries.stop)
+        i, j = index[queries, None], index[None, keys]
+        visible = (j <= i) & (j > i - window) & (j >= first[queries, None])
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * mask["softmax_scale"]
+        yield queries, keys, scores.masked_fill(~visible, -math.inf)
+
+def reference_forward(q, k, v, mask):
+    out, lse = v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    for queries, keys, scores in reference_blocks(q, k, mask):
+        probs = scores.softmax(-1)
+        out[queries] = torch.einsum("hqk,khd->qhd", probs, v[keys].to(probs.dtype)).to(v.dtype)
+        lse[:, queries] = scores.logsumexp(-1)
+    return out, lse
+
+def reference_backward(dout, q, k, v, out, lse, mask):
+    dtypes = q.dtype, k.dtype, v.dtype
+    dout, q, k, v, out = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v, out))
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for queries, keys, scores in reference_blocks(q, k, mask):
+        probs, douts = scores.softmax(-1), dout[queries]
+        dv[keys] += torch.einsum("hqk,qhd->khd", probs, douts)
+        dprobs = torch.einsum("qhd,khd->hqk", douts, v[keys])
+        dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask["softmax_scale"]
+        dq[queries] = torch.einsum("hqk,khd->qhd", dscores, k[keys])
+        dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
+    return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
+
+def flash_attn(module: str, forward: str, backward: str, names: dict, forward_options: dict, backward_options: dict):
+    """(forward, backward, module) from a flash-attn package; `names`: how its backward calls our lse and causal."""
+    def run_forward(q, k, v, mask):
+        function = getattr(importlib.import_module(module), forward)
+        return function(q, k, v, causal=True, **forward_options, **mask)[:2]
+
+    def run_backward(dout, q, k, v, out, lse, mask):
+        function = getattr(importlib.import_module(module), backward)
+        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+        function(dout=dout, q=q, k=k, v=v, out=out, **{names["lse"]: lse, names["causal"]: True}, **grads,
+                 **backward_options, **mask)
+        return tuple(grads.values())
+    return run_forward, run_backward, module
+
+def torch_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **window):
+    """A mask for the operators behind torch.nn.attention.varlen.varlen_attn."""
+    return (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False), {"scale": softmax_scale, **window}
+
+def torch_forward(q, k, v, mask):
+    args, options = torch_arguments(**mask)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *args, return_debug_mask=False, **options)[:2]
+
+def torch_backward(dout, q, k, v, out, lse, mask):
+    args, options = torch_arguments(**mask)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, *args, *no_dropout, **options)
+
+ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
+    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd",
+                                 {"lse": "lse", "causal": "causal"}, {"return_lse": True}, {}), (9, 0)),
+    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward",
+                                 {"lse": "softmax_lse", "causal": "is_causal"}, {}, {}), (8, 0)),
+    "flash-attn-2": (*flash_attn("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward",
+                                 "_flash_attn_varlen_backward", {"lse": "softmax_lse", "causal": "causal"},
+                                 {"dropout_p": 0.0}, {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None,
+                                                      "deterministic": False}), (8, 0)),
+    "torch": (torch_forward, torch_backward, "torch", (8, 0)),
+    "reference": (reference_forward, reference_backward, "torch", (0, 0)),
+}
+attention_forward, attention_backward = reference_forward, reference_backward
+
+def choose_attention(name: str, device: torch.device) -> str:
+    """Puts the backend `name` into use, or for "auto" the fastest one that runs on `device`. Returns its name."""
+    global attention_forward, attention_backward
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    for candidate in ATTENTION_BACKENDS if name == "auto" else [name]:
+        attention_forward, attention_backward, module, oldest = ATTENTION_BACKENDS[candidate]
+        reason = f"needs a GPU of compute capability {oldest[0]}.{oldest[1]}"
+        try:
+            if capability >= oldest:
+                importlib.import_module(module)
+                return candidate
+        except Exception as error:  # a package built for another torch or CUDA may raise anything
+            reason = f"does not import ({type(error).__name__}: {' '.join(str(error).split())})"
+    raise UserError(f"--attention {name} {reason}: leave it at auto, or choose another")
+
+def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
+    return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen.item(),
+                max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
+                window_size_right=0)
+
+# A test may import two scripts into one process, and an op's name can be registered but once.
+@torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
+                 scale: Tensor) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
+
+@torch.library.custom_op(f"{SCRIPT.stem}::attention_backward", mutates_args=())
+def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                          max_seqlen: Tensor, window: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mask = attention_mask(cu_seqlens, max_seqlen, window, scale)
+    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, mask))
+
+attention_op.register_fake(
+    lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)))
+attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+attention_op.register_autograd(
+    lambda ctx, dout, dlse: (*attention_backward_op(dout, *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor | int,
+                     window: Tensor | int, scale: Tensor | float) -> Tensor:
+    """Causal attention inside each of the documents packed into one row.
+
+    q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv). cu_seqlens (documents + 1,) int32: the documents' borders, from 0 to T.
+    max_seqlen: a bound on their length. A query sees `window` keys, the last of them its own. scale: of the scores.
+    As 0-D CPU tensors the last three are no part of a compiled graph, and one graph serves a whole run.
+    """
+    max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
+    return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Architecture
+# ----------------------------------------------------------------------------------------------------------------------
+
+class StageInputs(NamedTuple):
+    """What changes during a run, as tensors, so that compiled graphs serve all stages; the first four on the CPU."""
+    max_seqlen: Tensor
+    short_window: Tensor
+    long_window: Tensor
+    scale: Tensor  # of the attention scores
+    frequencies: Tensor  # (head_dim / 4,), of the rotary embedding, radians per token
+    loss_weights: Tensor  # (tokens ahead,)
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without gain over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),))
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of half of each head, (T, H, D) by cos and sin (T, 1, D / 4)."""
+    a, b, rest = x.split([x.size(-1) // 4, x.size(-1) // 4, x.size(-1) // 2], dim=-1)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], dim=-1)
+
+def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
+    """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens.
+
+    YaRN (arXiv 2309.00071): as the window grows, frequencies that turned less than once in it are slowed down to fit
+    the new one, fast ones stay as they are, and the scores are sharpened a little.
+    """
+    scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+    for old, new in zip(windows, windows[1:]):
+        keep = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequencies = frequencies * (old / new + keep * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    return scale, frequencies.float()
+
+class Block(nn.Module):
+    """One layer. The letters of its word in --layers say what it has:
+
+    s, l  attention with the short, the long window     >  the stream after it is kept ...
+    -     no attention                                  <  ... and added to the stream here
+    v     a value embedding
+    """
+
+    def __init__(self, word: str, vocab_size: int, dim: int, num_heads: int, dtype: torch.dtype):
+        super().__init__()
+        self.long, self.keeps, self.num_heads = "l" in word, ">" in word, num_heads
+        self.attends, self.valued, self.takes = "-" not in word, "v" in word, "<" in word
+        self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
+        self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
+        if self.attends:
+            self.qkv, self.out = (nn.Parameter(torch.empty(*n, dim, dim, dtype=dtype)) for n in ((3,), ()))
+        if self.valued:
+            self.value_table = nn.Parameter(torch.empty(vocab_size, dim, dtype=dtype))
+            self.value_gate = nn.Parameter(torch.empty(num_heads, 12))
+        if self.takes:
+            self.skip = nn.Parameter(torch.empty(()))
+
+    def attention(self, x, tokens, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.flatten(0, 1)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (T, H, D / H)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
+            values = F.embedding(tokens, self.value_table)
+            gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
+            v = v + gate[..., None] * values.view_as(v)
+        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).flatten(1), self.out)
+
+    def forward(self, x, x0, kept, *inputs) -> Tensor:
+        """x, x0 and, for a `<` layer, kept (T, D); inputs: the other arguments of `attention`. -> (T, D)"""
+        x = self.residual * x + self.inject * x0
+        if self.takes:
+            x = x + torch.sigmoid(self.skip) * kept
+        if self.attends:
+            x = x + self.attention(norm(x), *inputs)
+        return self.mlp_residual * x + F.linear(norm(x), self.up).relu().square() @ self.down
+
+class Model(nn.Module):
+    """A decoder with a layer for each word of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
+
+    def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        words, dim, marks = args.layers.split(), args.model_dim, re.sub("[^<>]", "", args.layers)
+        if not words or not all(re.fullmatch("([sl]v?|-)[<>]?", word) for word in words) or marks not in ("", "><"):
+            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <')
+        if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
+            raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
+        self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
+        with torch.device(device):
+            self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
+            self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
+            self.blocks = nn.ModuleList(Block(word, self.vocab_size, dim, args.num_heads, dtype) for word in words)
+
+    @torch.no_grad()
+    def initialise(self, seed: int):
+        """Uniform matrices of std 0.5 / sqrt(columns), zero outputs: at first every layer passes the stream through."""
+        torch.manual_seed(seed)
+        for name, param in self.named_parameters():
+            if name.endswith((".qkv", ".up")):
+                nn.init.uniform_(param, -(bound := 0.5 * math.sqrt(3 / param.size(-1))), bound)
+            elif name.endswith(("embedding", ".value_table")):
+                nn.init.normal_(param, std=1.0 if name == "embedding" else 0.01)
+            else:
+                nn.init.constant_(param, {"residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "skip": -1.5}.get(
+                    name.split(".")[-1], 0.0))
+
+    def compile(self):
+        """Compiles parts, not the whole: blocks of one kind share a graph. On an H100 that took 73.5 s of start-up
+        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches).
+        embed() stays as it is: compiled, it lengthened a warm start from 15 s to 18 s, and no step was shorter."""
+        for block in self.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+        self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
+
+    def embed(self, tokens: Tensor, cu_seqlens: Tensor, frequencies: Tensor):
+        """(x0 (T, D), cos and sin of the rotary embedding (T, 1, head_dim / 4), position in the document (T,))"""
+        index = torch.arange(len(tokens), device=tokens.device)
+        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
+        angle, x = position[:, None, None] * frequencies, F.embedding(tokens, self.embedding)
+        # smear: a gated look at the token before, if it is of the same document
+        gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
+        return norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0)), angle.cos(), angle.sin(), position
+
+    def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
+        """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
+        x0, cos, sin, position = self.embed(tokens, cu_seqlens, stage.frequencies)
+        x, kept = x0.clone(), None  # not x0 itself: the first block would compile apart from the others of its kind
+        for block in self.blocks:
+            window = stage.long_window if block.long else stage.short_window
+            x = block(x, x0, kept if block.takes else None, tokens, cos, sin, cu_seqlens, stage.max_seqlen, window,
+                      stage.scale)
+            kept = x if block.keeps else kept
+        return x, position
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, vocabulary), fp32, between 0 and 23."""
+        return 23 * torch.sigmoid((F.linear(norm(x), self.head).float() + 5) / 7.5)
+
+    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted cross-entropy of x (T, D) for its targets (T, ahead) by weights (T, ahead), summed, 0-D fp32."""
+        logits, columns, chosen, weight_sum = self.logits(x), torch.arange(self.vocab_size, device=x.device), 0.0, 0.0
+        for ahead, weight in enumerate(weights.unbind(1)):
+            chosen = chosen + weight * torch.where(columns == targets[:, ahead, None], logits, 0.0).sum(1)
+            weight_sum = weight_sum + weight
+        # exponentials of logits below 23 add up safely: there is no maximum to take off first
+        return (weight_sum * logits.exp().sum(1).log() - chosen).sum()
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
+        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32.
+
+        A token also predicts the tokens after its target as far as they are of its document, with the stage's loss
+        weights: multi-token prediction (arXiv 2404.19737) with one head for all.
+        """
+        x, position = self.hidden(tokens, cu_seqlens, stage)
+        ahead = range(len(stage.loss_weights))
+        later = torch.stack([targets.roll(-k) for k in ahead], 1)
+        weights = stage.loss_weights * torch.stack([position.roll(-k) == position + k for k in ahead], 1)
+        chunks = (part.split(self.args.loss_chunk_tokens) for part in (x, later, weights))
+        return torch.stack([self.loss(*chunk) for chunk in zip(*chunks)]).sum()  # no tensor outgrows a chunk's logits
+
+    def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
+        """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
+        args, stage = self.args, self.args.stages[index]
+        following = args.stages[min(index + 1, len(args.stages) - 1)]
+        windows, bound = stage.windows, stage.document_tokens
+        weights = [(1 - progress) * a + progress * b for a, b in zip(stage.loss_weights, following.loss_weights)]
+        if validation:
+            windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
+        scale, frequencies = yarn([row.windows[1] for row in args.stages[:index + 1]], args.model_dim // args.num_heads)
+        numbers = (torch.tensor(x) for x in (bound, *windows, scale))
+        on_device = (x.to(self.head.device, non_blocking=True) for x in (frequencies, torch.tensor(weights)))
+        return StageInputs(*numbers, *on_device)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Which parameter learns how, by name."""
+        args, named = self.args, dict(self.named_parameters())
+
+        def like(*endings: str) -> dict[str, nn.Parameter]:
+            return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
+
+        groups = [
+            ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
+            ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
+            ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95)),
+            ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95)),
+            ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
+            ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like("residual", ".inject", ".skip", "smear"), args.scalar_lr, 0.0, (0.9, 0.99)),
+        ]
+        assert not named, f"no group for {list(named)}"
+        return [group for group in groups if group.params]
+
+    def num_params(self) -> dict[str, int]:
+        """Parameters: all, those in matrix products (what a FLOP count needs), those looked up in tables."""
+        sizes = {name: p.numel() for name, p in self.named_parameters() if p.ndim > 1}
+        tables = sum(size for name, size in sizes.items() if name.endswith(("embedding", "value_table")))
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "matmul": sum(sizes.values()) - tables, "tables": tables}
+
+    def windows(self) -> list[int]:
+        """The window of each layer that attends, in the last stage."""
+        return [self.args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs per token in documents of `context` tokens: 6 a matrix weight, 12 a key seen and channel."""
+        seen = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in (min(w, context) for w in self.windows()))
+        return 6 * self.num_params()["matmul"] + 12 * self.args.model_dim * seen
+
+    def cache_bytes(self, context: int) -> int:
+        """Bytes of keys and values, in bf16, that decoding keeps after `context` tokens."""
+        return sum(4 * self.args.model_dim * min(window, context) for window in self.windows())
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the stage table: all that changes during a run."""
+    steps: float  # part of the run's steps
+    batch_tokens: int  # tokens per step, over all ranks
+    document_tokens: int  # longer documents are cut
+    windows: tuple[int, int]  # short and long attention window, in tokens
+    lr: float  # learning-rate factor before the cooldown
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
+
+@dataclass
+class Hyperparameters:
+    """Flags. Learning rates and decays are multiplied by the schedule's factor; decays but AdamW's are cautious."""
+    preset: Literal["speedrun", "sample"] = "speedrun"  # defaults: the speedrun on FineWeb, or a small model for a CPU
+    data: str = "data/fineweb10B"  # folder of token shards
+    seed: int = 0  # of the initial weights
+    max_tokens: int = 640_000_000  # tokens to train on; the stages, the cooldown and the momentum stretch with it
+    target: float = 3.28  # validation loss to reach, nats per token
+    val_tokens: int = 10_485_760  # the first so many validation tokens are the validation set
+    val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
+    val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
+    optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
+    attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
+    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
+    out: str = "logs"  # folder for the run's log
+    checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
+    save_every: int = 0  # steps between checkpoints (0: only at the end)
+    resume: str | None = None  # checkpoint to go on from, with the flags of the run that wrote it
+
+    row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
+    micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
+    loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
+    document_tails: Literal["continue", "drop"] = "drop"
+    """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
+    stages: tuple[Stage, Stage, Stage, Stage] = (
+        Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25)),
+        Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0)),
+        Stage(423 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0)),
+        Stage(15 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)),
+    )
+    val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
+
+    layers: str = "s sv sv l> s s -< s sv sv lv"
+    """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
+    > keeps the stream after the layer, < adds the kept one before it"""
+    model_dim: int = 768  # width of the residual stream
+    num_heads: int = 6  # attention heads
+
+    cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
+    lr_floor: float = 0.15  # learning-rate factor after the cooldown
+    muon_lr: float = 0.023  # matrices, times sqrt(rows / columns) if tall; the MLP's output twice that
+    muon_weight_decay: float = 0.0276  # matrices
+    muon_momentum: tuple[float, float] = (0.85, 0.95)  # Muon's momentum at the ends of the run, and in between
+    muon_ramps: tuple[float, float] = (0.233, 0.039)  # parts of the run in which the momentum rises, and falls
+    head_lr: float = 0.008  # output head, Adam
+    head_weight_decay: float = 0.006  # output head
+    embedding_lr: float = 0.3  # token embedding, Adam
+    embedding_weight_decay: float = 0.005  # token embedding
+    value_lr: float = 0.6  # value embeddings, Adam
+    value_weight_decay: float = 0.015  # value embeddings
+    gate_lr: float = 0.008  # gates, Adam
+    scalar_lr: float = 0.04  # scalars of the residual stream, Adam
+    adamw_lr: float = 0.002  # everything, with --optimizer adamw
+    adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
+
+def sample_stage(steps: float, windows: tuple[int, int]) -> Stage:
+    return Stage(steps, 4096, 512, windows, 1.0, (1.0,))
+
+PRESETS = {
+    "speedrun": Hyperparameters(),
+    "sample": Hyperparameters(
+        preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
+        val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
+        stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
+                sample_stage(0.25, (64, 256))),
+        document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training [same]
+# ----------------------------------------------------------------------------------------------------------------------
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
+SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "TORCH", "TRITON")  # variables to log
+FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
+              "val_every"}  # in which a run and its resumption may differ
+
+class Schedule:
+    """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
+
+    def __init__(self, args: "Hyperparameters", world: World):
+        self.args, self.batches = args, [stage.batch_tokens for stage in args.stages]
+        parts = np.array([stage.steps for stage in args.stages])
+        if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
+            raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
+        if min(args.row_tokens, args.micro_batch_tokens, args.loss_chunk_tokens, *self.batches) < 1:
+            raise UserError("rows, batches, micro-batches and chunks need one token at the least")
+        if len({len(stage.loss_weights) for stage in args.stages}) > 1:
+            raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
+        for batch in self.batches:
+            if batch % (args.row_tokens * world.size):
+                raise UserError(f"{world.size} ranks cannot share a batch of {batch} tokens in rows of "
+                                f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
+        self.steps = int(args.max_tokens / (parts @ self.batches))
+        if self.steps < 1:
+            raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")
+        self.ends = np.round(np.cumsum(parts) * self.steps).astype(int).tolist()
+        self.tokens = self.tokens_until(self.steps)
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens trained on before `step`."""
+        rows = zip([0, *self.ends], self.ends, self.batches)
+        return sum(max(0, min(step, end) - start) * batch_tokens for start, end, batch_tokens in rows)
+
+    def stage(self, step: int) -> tuple[int, float]:
+        """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
+        index = min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
+        start = self.ends[index - 1] if index else 0
+        return index, (step - start) / max(1, self.ends[index] - start)
+
+    def lr(self, step: int) -> float:
+        begin, end = self.args.cooldown
+        cooled = min(max((step / self.steps - begin) / max(end - begin, 1e-9), 0), 1)
+        return (1 - cooled) * self.args.stages[self.stage(step)[0]].lr + cooled * self.args.lr_floor
+
+    def momentum(self, step: int) -> float:
+        (low, high), (rise, fall), done = self.args.muon_momentum, self.args.muon_ramps, (step + 1) / self.steps
+        return low + (high - low) * min(1, done / max(rise, 1e-9), (1 - done) / max(fall, 1e-9))
+
+class Run:
+    """One run: builds everything, then trains, validates, logs and saves."""
+
+    def __init__(self, args: "Hyperparameters", world: World):
+        self.args, self.world = args, world
+        self.data, self.schedule = Dataset(args.data), Schedule(args, world)
+        self.attention = choose_attention(args.attention, world.device)
+        self.loader = TrainLoader(self.data, world, args.row_tokens, args.micro_batch_tokens, args.document_tails)
+        self.val_rows = val_rows(self.data, world, args.val_tokens, args.val_row_tokens)
+        self.resumed = self.read_checkpoint(args.resume) if args.resume else None
+        self.model = Model(args, self.data.vocab_size, world.device, world.dtype)
+        groups = self.model.param_groups()
+        if args.optimizer == "adamw":
+            groups = [dataclasses.replace(
+                group, method="adam", lr=args.adamw_lr, betas=(0.9, 0.95), every=1, cautious=False,
+                weight_decay=args.adamw_weight_decay if group.method == "muon" else 0.0) for group in groups]
+        self.model.initialise(args.seed)
+        self.optimizer = Optimizer(groups, world, args.compile)
+        self.step, self.seconds, self.started, self.val_loss = 0, 0.0, None, math.nan
+        self.unread, self.last_report, self.saved = None, 0.0, None
+        self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
+        self.file = None
+        if world.rank == 0:
+            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+            try:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
+            self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1,
+                             encoding="utf-8")
+        self.digest = hashlib.sha256()  # of all that the log says
+
+    def log(self, text: str, console: bool = True):
+        if self.file:
+            self.digest.update(f"{text}\n".encode())
+            print(text, file=self.file)
+            if console:
+                print(text, flush=True)
+
+    def warm_up(self):
+        """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
+        torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
+        self.model.compile()
+        sizes = {self.loader.micro_batch_rows(batch) * self.args.row_tokens for batch in self.schedule.batches}
+        for size in sorted(sizes | {self.args.val_row_tokens}):
+            tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
+            borders = torch.linspace(0, size, 64, device=self.world.device).int()
+            torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
+            loss = self.model(tokens.clone(), targets.clone(), borders, self.model.stage_inputs(0))
+            if size in sizes:
+                loss.backward()
+        self.optimizer.step(1, 0.0, 0.9)
+        self.model.initialise(self.args.seed)
+        for bank in self.optimizer.banks.values():
+            bank.reset()
+
+    def validate(self) -> float:
+        """Mean cross-entropy of the next token over the validation set, nats. The training graphs serve: no_grad
+        would have them all compiled once more."""
+        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for batch in self.val_rows:
+            total += self.model(*batch, stage).detach()
+        return self.world.sum(total).item() / self.args.val_tokens
+
+    def train_step(self):
+        """One step of the optimiser. On a GPU its loss is read a step later, so that it never waits for the log."""
+        index, progress = self.schedule.stage(self.step)
+        row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
+        report = torch.zeros(2, device=self.world.device)
+        report[1] = self.stop_here
+        for batch in self.loader.next(row.batch_tokens, row.document_tokens):
+            loss = self.model(*batch, stage) / row.batch_tokens
+            loss.backward()
+            report[0] += loss.detach() / stage.loss_weights.sum()
+        self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
+        self.step += 1
+        on_host = torch.empty(2, pin_memory=self.world.gpu).copy_(self.world.sum(report), non_blocking=True)
+        if arrived := self.world.mark():
+            self.read_report()  # that of the step before, while this one runs
+        self.unread = self.step, row.batch_tokens, on_host, arrived
+        if not arrived:
+            self.read_report()
+
+    def read_report(self):
+        """Waits for the loss of the last step that was not read yet, and writes its line."""
+        if not self.unread:
+            return
+        (step, batch_tokens, report, arrived), self.unread = self.unread, None
+        if arrived:
+            arrived.synchronize()  # not the whole stream, where the next step is already under way
+        loss, stop = report.tolist()
+        if not math.isfinite(loss):
+            self.diverged("training", loss, step)
+        self.stop |= stop > 0
+        now = self.seconds + self.began.elapsed_time(arrived) / 1000 if arrived else self.clock()
+        done = self.schedule.tokens_until(step)
+        seconds, self.last_report = now - self.last_report, now
+        utilisation = self.utilisation(batch_tokens / seconds)
+        mfu = f" mfu:{utilisation:.3f}" if utilisation else ""
+        self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
+                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
+                 f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
+
+    def diverged(self, kind: str, loss: float, step: int):
+        kept = self.saved or self.args.resume
+        raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Last checkpoint: {kept}. Try lower learning "
+                                 "rates (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
+        name = torch.cuda.get_device_name() if self.world.gpu else ""
+        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+        context = round(self.schedule.tokens_until(self.step) / max(1, self.loader.pieces))
+        return peak and self.model.flops_per_token(context) * tokens_per_second / (peak * self.world.size)
+
+    def clock(self) -> float:
+        """Seconds of training: steps and their waits for data; no compilation, validation or checkpoint."""
+        return self.seconds + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def start_clock(self):
+        self.world.barrier()
+        self.began, self.started = self.world.mark(), time.perf_counter()
+
+    def stop_clock(self):
+        self.read_report()
+        self.world.barrier()
+        self.seconds, self.started = self.clock(), None
+
+    def save(self, name: str):
+        """Writes a checkpoint, and then removes the one before. All ranks take part."""
+        previous, self.saved = self.saved, Path(self.args.checkpoint or self.args.out) / f"{name}.pt"
+        state = {
+            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": plain(self.args), "step": self.step,
+            "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
+            "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
+            "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
+            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state(),
+        }
+        if self.world.rank == 0:
+            self.saved.parent.mkdir(parents=True, exist_ok=True)
+            atomic_save(state, self.saved)
+            if previous and previous != self.saved:
+                previous.unlink(missing_ok=True)
+        self.log(f"checkpoint:{self.saved}")
+        self.world.barrier()
+
+    def read_checkpoint(self, path: str) -> dict:
+        """The state of a run that this one can take up, also with another number of ranks."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            its = {"script": state["script"], "shards": state["dataset"]["fingerprint"], **state["args"]}
+            mine = {"script": SCRIPT.name, "shards": self.data.fingerprint, **plain(self.args)}
+        except Exception as error:  # torch.load raises anything on a file that is not its own
+            raise UserError(f"--resume {path} is no checkpoint of this script ({type(error).__name__})") from error
+        other = [f"{flag} is {mine.get(flag)} here and {its.get(flag)} there" for flag in its | mine
+                 if flag not in FREE_FLAGS and mine.get(flag) != its.get(flag)]
+        if other:
+            raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict):
+        for name, param in self.model.named_parameters():
+            param.copy_(state["model"][name])
+        for name, bank in self.optimizer.banks.items():
+            bank.load_state_dict(state["optimizer"][name])
+        torch.set_rng_state(state["rng"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loader.position, self.loader.pieces = state["position"], state["pieces"]
+
+    @torch.no_grad()
+    def sample(self, length: int = 200) -> str:
+        """Text from the model, `length` characters at most, at temperature 0.8. No cache: it is short."""
+        sys.path += map(str, SCRIPT.parents[:2])  # the repository is the folder of this script, or the one above
+        from data.tokenize_text import decode
+        generator, tokens = torch.Generator(self.world.device).manual_seed(self.args.seed), [self.data.separator]
+        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
+        with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+            while len(tokens) <= length and len(text := decode(tokens[1:], self.data.about)) < length:
+                context = torch.tensor(tokens, device=self.world.device)
+                borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.world.device)
+                logits = self.model.logits(self.model.hidden(context, borders, stage)[0][-1:])
+                probs = (logits[0, :self.data.vocab_size] / 0.8).softmax(0)
+                tokens.append(torch.multinomial(probs, 1, generator=generator).item())
+        return text[:length]
+
+    def environment(self) -> dict:
+        def git(*command):
+            done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=SCRIPT.parent)
+            return done.stdout.strip() if done.returncode == 0 else None
+
+        cpuinfo = Path("/proc/cpuinfo")
+        cpu = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        cpu = f"{cpu[1] if cpu else platform.machine()} CPU"
+        return {
+            "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"),
+            "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+            "cuda": torch.version.cuda, "numpy": np.__version__,
+            "triton": getattr(sys.modules.get("triton"), "__version__", None),
+            "device": torch.cuda.get_device_name() if self.world.gpu else cpu,
+            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
+            "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
+            "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
+            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
+            "args": plain(self.args),
+        }
+
+    def train(self):
+        args, steps, environment = self.args, self.schedule.steps, self.environment()
+        self.log(f"{SCRIPT.read_text()}{'=' * 100}\n{json.dumps(environment)}\n{'=' * 100}", console=False)
+        self.log(f"{SCRIPT.name} on {self.world.size} x {environment['device']}, attention {self.attention}, data "
+                 f"{self.data.about['name']}: {environment['params']['total'] / 1e6:.1f}M parameters, {steps} steps, "
+                 f"{self.schedule.tokens / 1e6:.1f}M tokens, target {args.target}")
+        if args.compile:
+            self.warm_up()
+        if self.resumed:
+            self.restore(self.resumed)
+            self.log(f"resumed:{args.resume} step:{self.step}")
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
+        self.loader.stream.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
+        self.last_report, epoch = self.seconds, self.loader.epoch
+        gc.freeze()
+        gc.enable()
+        self.log(f"startup:{(startup := time.perf_counter() - process_start):.1f}s")
+        self.start_clock()
+        while True:
+            if self.step == steps or (args.val_every and self.step and self.step % args.val_every == 0):
+                self.stop_clock()
+                self.val_loss = self.validate()
+                if not math.isfinite(self.val_loss):
+                    self.diverged("validation", self.val_loss, self.step)
+                self.log(f"step:{self.step}/{steps} val_loss:{self.val_loss:.4f} train_time:{self.seconds:.3f}s")
+                if self.step == steps:
+                    break
+                self.start_clock()
+            self.train_step()
+            if self.loader.epoch > epoch:
+                epoch = self.loader.epoch
+                self.log(f"epoch:{epoch} begins, all {self.loader.stream.epoch_tokens} training tokens have been read")
+            save = args.checkpoint and args.save_every and self.step % args.save_every == 0
+            if self.stop or (save and self.step < steps):
+                self.stop_clock()
+                self.save(f"{SCRIPT.stem}_step{self.step:06d}")
+                if self.stop:
+                    self.log(f"stopped by SIGTERM: go on with the same flags and --resume {self.saved}")
+                    return
+                self.start_clock()
+        if args.checkpoint:
+            self.save(f"{SCRIPT.stem}_final")
+        speed, reached = self.schedule.tokens / self.seconds, self.val_loss <= args.target
+        self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target},"
+                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
+        closing = json.dumps({
+            "val_loss": self.val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
+            "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
+            "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
+            "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
+        self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
+        self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
+
+def plain(args: "Hyperparameters") -> dict:
+    """The hyperparameters as JSON knows them."""
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
+    """Flags to hyperparameters: --preset picks the defaults, the other flags change one each."""
+    preset = re.search(r"(?:^| )--preset[= ](\w+)", " ".join(argv))
+    default = PRESETS.get(preset[1] if preset else "speedrun", PRESETS["speedrun"])
+    return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
+
+def main():
+    quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
+    try:
+        Run(parse_args(sys.argv[1:], quiet), World()).train()
+    except (UserError, FloatingPointError) as error:
+        code = 2 if isinstance(error, UserError) else 1
+        if not quiet:
+            print(f"{SCRIPT.name}: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+if __name__ == "__main__":
+    main()
