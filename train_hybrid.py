@@ -896,8 +896,9 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cu_s
     parts = [v] if wide else v.chunk(2, -1)
     maps = [varlen_attention(q, k, part.repeat_interleave(2, 1), cu_seqlens, max_seqlen, window, scale)
             for part in parts]
-    first, second = torch.cat(maps, -1).unflatten(1, (-1, 2)).unbind(2)
-    return first - weight.to(first.dtype) * second
+    precise = torch.promote_types(v.dtype, torch.float32)  # the weight's gradient is a sum over everything
+    first, second = torch.cat(maps, -1).to(precise).unflatten(1, (-1, 2)).unbind(2)
+    return (first - weight * second).to(v.dtype)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
