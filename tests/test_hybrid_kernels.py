@@ -194,24 +194,72 @@ def check(cu_seqlens, chunk_indices, *tensors):
 
 
 def gated_delta_rule_module():
-    def chunk_gated_delta_rule_fwd(
-            q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first=False, cu_seqlens=None,
-            cp_context=None, chunk_indices=None, use_gate_in_kernel=False, A_log=None, dt_bias=None, chunk_size=64):
-        check(cu_seqlens, chunk_indices, q, k, v, g, beta)
-        assert scale == q.size(-1)**-0.5 and initial_state is None and not output_final_state and chunk_size == 64
-        out = hybrid.delta_rule_reference(q[0], k[0], v[0], g[0], beta[0], cu_seqlens, None)[None].contiguous()
-        return g + 0.0, out, torch.full((*v.shape[:3], 64), 7.0, dtype=k.dtype), None, None, None
+    """Out and gradients come from the reference; what kernels hand to each other says who made it."""
+    seen = {}
 
-    def chunk_gated_delta_rule_bwd(
-            q, k, v, g, beta, A, scale, initial_state, do, dht, state_v_first=False, cu_seqlens=None, cp_context=None,
-            chunk_indices=None, use_gate_in_kernel=False, g_input=None, A_log=None, dt_bias=None, chunk_size=64):
-        check(cu_seqlens, chunk_indices, q, k, v, g, beta, A, do)
-        assert A.eq(7.0).all() and A.shape == (*v.shape[:3], 64) and initial_state is dht is None
-        dq, dk, dv, dg, dbeta = gradients(
-            lambda *x: hybrid.delta_rule_reference(*x, cu_seqlens, None), [x[0] for x in (q, k, v, g, beta)], do[0])
-        return *(x[None] for x in (dq, dk, dv, dbeta, dg)), None, None, None
+    def expect(*pairs):
+        for x, number in pairs:
+            assert x.is_contiguous() and x.eq(number).all()
 
-    return types.SimpleNamespace(**locals())
+    def grads_of(q, k, v, g, beta, do, cu_seqlens):
+        return [x[None].contiguous() for x in gradients(
+            lambda *x: hybrid.delta_rule_reference(*x, cu_seqlens, None), [x[0] for x in (q, k, v, g, beta)], do[0])]
+
+    def chunk_local_cumsum(g, chunk_size, reverse=False, scale=None, cu_seqlens=None, output_dtype=torch.float,
+                           chunk_indices=None, use_graph=False):
+        check(cu_seqlens, chunk_indices, g)
+        assert chunk_size == 64 and scale == (None if reverse else 1.5)
+        return g.clone()
+
+    def chunk_gated_delta_rule_fwd_intra(k, v, g=None, beta=None, cu_seqlens=None, chunk_size=64, chunk_indices=None):
+        check(cu_seqlens, chunk_indices, k, v, g, beta)
+        seen.update(v=v, beta=beta)
+        return torch.full_like(k, 3.0), torch.full_like(v, 4.0), torch.full((*v.shape[:3], 64), 7.0, dtype=k.dtype)
+
+    def chunk_gated_delta_rule_fwd_h(
+            k, w, u, g=None, gk=None, initial_state=None, output_final_state=False, chunk_size=64, save_new_value=True,
+            state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, chunk_offsets=None):
+        check(cu_seqlens, chunk_indices, k, w, u, g)
+        expect((w, 3), (u, 4))
+        states = k.new_full((1, len(chunk_indices), *k.shape[2:], u.size(-1)), 5.0)
+        return states, torch.full_like(u, 6.0), None
+
+    def chunk_fwd_o(q, k, v, h, g=None, g_gamma=None, scale=None, cu_seqlens=None, chunk_size=64, chunk_indices=None,
+                    state_v_first=False):
+        check(cu_seqlens, chunk_indices, q, k, v, g)
+        expect((v, 6), (h, 5))
+        assert scale == q.size(-1)**-0.5
+        inputs = q, k, seen["v"], g, seen["beta"]
+        return hybrid.delta_rule_reference(*(x[0] for x in inputs), cu_seqlens, None)[None].contiguous()
+
+    def chunk_bwd_dv_local(q, k, do, g=None, g_gamma=None, scale=None, cu_seqlens=None, chunk_size=64,
+                           chunk_indices=None):
+        check(cu_seqlens, chunk_indices, q, k, do, g)
+        return torch.full_like(do, 8.0)
+
+    def chunk_gated_delta_rule_bwd_dhu(
+            q, k, w, do, dv, g=None, gk=None, h0=None, dht=None, scale=None, state_v_first=False, cu_seqlens=None,
+            chunk_size=64, chunk_indices=None, chunk_offsets=None, use_graph=False):
+        check(cu_seqlens, chunk_indices, q, k, w, do, dv, g)
+        expect((w, 3), (dv, 8))
+        return q.new_full((1, len(chunk_indices), *k.shape[2:], dv.size(-1)), 9.0), None, torch.full_like(dv, 10.0)
+
+    def chunk_bwd_dqkwg(q, k, v, do, h, dh, g=None, g_gamma=None, dv=None, w=None, scale=None, cu_seqlens=None,
+                        chunk_size=64, chunk_indices=None, state_v_first=False):
+        check(cu_seqlens, chunk_indices, q, k, v, do, g, dv, w)
+        expect((v, 6), (h, 5), (dh, 9), (dv, 10), (w, 3))
+        assert scale == q.size(-1)**-0.5
+        seen.update(q=q, do=do)
+        dq, dk, _, dg, _ = grads_of(q, k, seen["v"], g, seen["beta"], do, cu_seqlens)
+        return dq, dk / 2, torch.full_like(k, 11.0), dg / 4
+
+    def prepare_wy_repr_bwd(k, v, beta, A, dw, du, g=None, cu_seqlens=None, chunk_indices=None):
+        check(cu_seqlens, chunk_indices, k, v, beta, A, dw, du, g)
+        expect((A, 7), (dw, 11), (du, 10))
+        _, dk, dv, dg, dbeta = grads_of(seen["q"], k, v, g, beta, seen["do"], cu_seqlens)
+        return dk / 2, dv, dbeta, 3 * dg / 4
+
+    return types.SimpleNamespace(RCP_LN2=1.5, **locals())
 
 
 def simple_gla_module():
