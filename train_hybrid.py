@@ -807,7 +807,7 @@ def choose_recurrence(kind: str, name: str, device: torch.device, keys: int = 64
         function, load, least = backends[candidate]
         try:
             if capable and keys < least:
-                reason = f"needs keys of {least} channels, not {keys} (take fewer --recurrent-heads)"
+                reason = f"needs keys of {least} channels or more, not {keys} (take fewer --recurrent-heads)"
             elif candidate == "reference" or capable:
                 load()
                 recurrence_in_use[kind] = function
