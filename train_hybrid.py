@@ -851,27 +851,34 @@ state_space_op.register_autograd(
 def state_space_mamba(x, dt, a, b, c, cu_seqlens, chunks):
     return state_space_op(x, dt, a, b, c, cu_seqlens)
 
-RECURRENCES = {  # fastest first: name: (function, the call that raises where it cannot run)
+# Fastest first: name: (function, the call that raises where it cannot run, least channels of a key). With 32 channels
+# the backward kernels of fla-core 0.6.0 give wrong gradients or illegal memory accesses on an H100.
+RECURRENCES = {
     "gated delta rule": {
-        "fla": (lambda *args: delta_rule_op(*args)[0], lambda: fla("ops.gated_delta_rule.chunk")),
-        "reference": (delta_rule_reference, lambda: None)},
+        "fla": (lambda *args: delta_rule_op(*args)[0], lambda: fla("ops.gated_delta_rule.chunk"), 64),
+        "reference": (delta_rule_reference, lambda: None, 0)},
     "state space": {
-        "fla": (state_space_fla, lambda: fla("ops.simple_gla.chunk")),
-        "mamba-ssm": (state_space_mamba, lambda: mamba_ssm()),
-        "reference": (state_space_reference, lambda: None)},
+        "fla": (state_space_fla, lambda: fla("ops.simple_gla.chunk"), 64),
+        "mamba-ssm": (state_space_mamba, lambda: mamba_ssm(), 0),
+        "reference": (state_space_reference, lambda: None, 0)},
 }
 recurrence_in_use = {kind: backends["reference"][0] for kind, backends in RECURRENCES.items()}
 
-def choose_recurrence(kind: str, name: str, device: torch.device) -> str:
-    """Puts a backend of RECURRENCES[kind] into use: `name`, or for "auto" the first that runs on `device`. -> name"""
+def choose_recurrence(kind: str, name: str, device: torch.device, keys: int = 64) -> str:
+    """Puts a backend of RECURRENCES[kind] into use: `name`, or for "auto" the first that runs on `device`. -> name
+
+    keys: the channels of a key.
+    """
     backends, reason = RECURRENCES[kind], "needs a GPU of compute capability 8.0"
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name not in ("auto", *backends):
         raise UserError(f"no kernel of {name} for the {kind}, there are {', '.join(backends)}")
     for candidate in backends if name == "auto" else [name]:
-        function, load = backends[candidate]
+        function, load, least = backends[candidate]
         try:
-            if candidate == "reference" or capable:
+            if capable and keys < least:
+                reason = f"needs keys of {least} channels or more, not {keys} (take fewer --recurrent-heads)"
+            elif candidate == "reference" or capable:
                 load()
                 recurrence_in_use[kind] = function
                 return candidate
@@ -900,42 +907,146 @@ def state_space(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, cu_seqle
 # Kernels: short convolution [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-def short_convolution_reference(x, weight, cu_seqlens, chunks):
-    index = torch.arange(len(x), device=x.device)
-    position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # then other backends serve
+    triton = None
+
+def short_convolution_reference(x, weight, position, cu_seqlens, chunks):
     taps = weight.to(torch.promote_types(x.dtype, torch.float32)).flip(1).unbind(1)
     shifted = (F.pad(x, (0, 0, ago, 0))[:len(x)] * (position >= ago)[:, None] for ago in range(len(taps)))
     return F.silu(sum(tap * past for tap, past in zip(taps, shifted))).to(x.dtype)
 
-@torch.library.custom_op(f"{SCRIPT.stem}::short_convolution", mutates_args=())
-def short_convolution_op(x: Tensor, weight: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+# Programs walk along the tokens of a few channels, and keep in registers what a token shares with the next ones: every
+# number is read once. Memory bounds them if enough loads are under way, so GROUP tokens are loaded before the first is
+# worked on. A weight has four taps at the most; those that it lacks are zero.
+FORWARD_TILE = {"ROWS": 64, "GROUP": 8, "COLUMNS": 128, "num_warps": 1}  # ROWS a multiple of GROUP, four or more
+BACKWARD_TILE = {"ROWS": 128, "GROUP": 8, "COLUMNS": 128, "num_warps": 1}
+
+if triton:
+    @triton.jit(do_not_specialize=["T"])
+    def short_convolution_forward_kernel(x, weight, position, out, T, C: tl.constexpr, WIDTH: tl.constexpr,
+                                         ROWS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
+        """out (T, C) from x (T, C), weight (C, WIDTH), position (T,): ROWS tokens by COLUMNS channels a program."""
+        start, c = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        left, real, offset = T - start, c < C, start.to(tl.int64) * C + c
+        x, position, out = x + offset, position + start, out + offset
+        seen, taps, past = tl.load(position), (), ()
+        for ago in tl.static_range(4):
+            taps += (tl.load(weight + c * WIDTH + WIDTH - 1 - ago, real & (ago < WIDTH), 0.0),)
+            past += (tl.load(x - (ago + 1) * C, real & (seen > ago), 0.0).to(tl.float32),)
+        x1, x2, x3 = past[0], past[1], past[2]  # (COLUMNS,) fp32, the inputs 1, 2 and 3 tokens ago
+        for first in range(0, ROWS, GROUP):
+            fresh, begins = (), ()
+            for i in tl.static_range(GROUP):
+                fresh += (tl.load(x + (first + i) * C, real & (first + i < left), 0.0),)
+                begins += (tl.load(position + first + i, first + i < left, 0) == 0,)
+            for i in tl.static_range(GROUP):
+                x0 = fresh[i].to(tl.float32)
+                x1, x2, x3 = (tl.where(begins[i], 0.0, x1), tl.where(begins[i], 0.0, x2), tl.where(begins[i], 0.0, x3))
+                total = taps[0] * x0 + taps[1] * x1 + taps[2] * x2 + taps[3] * x3
+                tl.store(out + (first + i) * C, total * tl.sigmoid(total), real & (first + i < left))
+                x1, x2, x3 = x0, x1, x2
+
+    @triton.jit(do_not_specialize=["T"])
+    def short_convolution_backward_kernel(x, weight, position, dout, dx, dweight, T, C: tl.constexpr,
+                                          WIDTH: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+                                          COLUMNS: tl.constexpr):
+        """dx (T, C) and dweight (programs along the tokens, WIDTH, C) from dout (T, C) and the forward's inputs.
+
+        A program's own tokens are the first ROWS - 3 of those that it walks; the others complete the dx of these.
+        """
+        OWN: tl.constexpr = ROWS - 3
+        start, c = tl.program_id(1) * OWN, tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        left, real, offset = T - start, c < C, start.to(tl.int64) * C + c
+        x, position, dout, dx = x + offset, position + start, dout + offset, dx + offset
+        seen, taps, past = tl.load(position), (), ()
+        for ago in tl.static_range(4):
+            taps += (tl.load(weight + c * WIDTH + WIDTH - 1 - ago, real & (ago < WIDTH), 0.0),)
+            past += (tl.load(x - (ago + 1) * C, real & (seen > ago), 0.0).to(tl.float32),)
+        x1, x2, x3 = past[0], past[1], past[2]
+        zeros = tl.zeros((COLUMNS,), tl.float32)
+        d1, d2, d3 = zeros, zeros, zeros  # dx of 1, 2 and 3 tokens ago, as far as it is known
+        s0, s1, s2, s3 = zeros, zeros, zeros, zeros  # gradients of the taps
+        for first in range(0, ROWS, GROUP):
+            fresh, grads, places = (), (), ()
+            for i in tl.static_range(GROUP):
+                fresh += (tl.load(x + (first + i) * C, real & (first + i < left), 0.0),)
+                grads += (tl.load(dout + (first + i) * C, real & (first + i < left), 0.0),)
+                places += (tl.load(position + first + i, first + i < left, 0),)
+            for i in tl.static_range(GROUP):
+                t, seen, x0 = first + i, places[i], fresh[i].to(tl.float32)
+                x1, x2, x3 = tl.where(seen > 0, x1, 0.0), tl.where(seen > 0, x2, 0.0), tl.where(seen > 0, x3, 0.0)
+                total = taps[0] * x0 + taps[1] * x1 + taps[2] * x2 + taps[3] * x3
+                gate = tl.sigmoid(total)
+                d = grads[i].to(tl.float32) * gate * (1 + total * (1 - gate))  # gradient of `total`
+                own = tl.where(t < OWN, d, 0.0)
+                s0, s1, s2, s3 = s0 + own * x0, s1 + own * x1, s2 + own * x2, s3 + own * x3
+                d1, d2 = d1 + taps[1] * tl.where(seen > 0, d, 0.0), d2 + taps[2] * tl.where(seen > 1, d, 0.0)
+                d3 += taps[3] * tl.where(seen > 2, d, 0.0)
+                tl.store(dx + (t - 3) * C, d3, real & (t > 2) & (t - 3 < left))
+                x1, x2, x3, d1, d2, d3 = x0, x1, x2, taps[0] * d, d1, d2
+        sums, dweight = (s0, s1, s2, s3), dweight + tl.program_id(1) * WIDTH * C + c
+        for ago in tl.static_range(WIDTH):
+            tl.store(dweight + (WIDTH - 1 - ago) * C, sums[ago], real)
+
+def short_convolution_triton(x, weight, position, cu_seqlens, chunks):
+    x, out, (T, C) = x.contiguous(), x.new_empty(x.shape), x.shape
+    grid = triton.cdiv(C, FORWARD_TILE["COLUMNS"]), triton.cdiv(T, FORWARD_TILE["ROWS"])
+    short_convolution_forward_kernel[grid](x, weight.contiguous(), position, out, T, C, weight.size(1), **FORWARD_TILE)
+    return out
+
+def short_convolution_triton_backward(dout, x, weight, position, cu_seqlens, chunks):
+    x, dx, (T, C) = x.contiguous(), x.new_empty(x.shape), x.shape
+    grid = triton.cdiv(C, BACKWARD_TILE["COLUMNS"]), triton.cdiv(T, BACKWARD_TILE["ROWS"] - 3)
+    dweight = weight.new_empty(grid[1], weight.size(1), C, dtype=torch.float32)
+    short_convolution_backward_kernel[grid](x, weight.contiguous(), position, dout.contiguous(), dx, dweight, T, C,
+                                            weight.size(1), **BACKWARD_TILE)
+    return dx, dweight.sum(0).T.contiguous().to(weight.dtype)
+
+def short_convolution_fla(x, weight, position, cu_seqlens, chunks):
     return fla("modules.causal_conv1d.ops").causal_conv1d_fwd(
         x=x[None], weight=weight, bias=None, residual=None, activation="silu", cu_seqlens=cu_seqlens,
         chunk_indices=chunks, chunk_size=CHUNK)[0][0]
 
-@torch.library.custom_op(f"{SCRIPT.stem}::short_convolution_backward", mutates_args=())
-def short_convolution_backward_op(dout: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor,
-                                  chunks: Tensor) -> tuple[Tensor, Tensor]:
+def short_convolution_fla_backward(dout, x, weight, position, cu_seqlens, chunks):
     dx, dweight, *_ = fla("modules.causal_conv1d.ops").causal_conv1d_bwd(
         x=x[None], dy=dout[None].contiguous(), dht=None, weight=weight, activation="silu", cu_seqlens=cu_seqlens,
         chunk_indices=chunks, chunk_size=CHUNK)
     return dx[0].contiguous(), dweight
 
-short_convolution_op.register_fake(lambda x, *_: x.new_empty(x.shape))
-short_convolution_backward_op.register_fake(
-    lambda dout, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
-short_convolution_op.register_autograd(
-    lambda ctx, dout: (*short_convolution_backward_op(dout, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def short_convolution_op(name: str, forward, backward):
+    """A custom op of the backend `name`, whose backward takes (dout, *inputs) and returns (dx, dweight)."""
+    @torch.library.custom_op(f"{SCRIPT.stem}::short_convolution_{name}", mutates_args=())
+    def op(x: Tensor, weight: Tensor, position: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+        return forward(x, weight, position, cu_seqlens, chunks)
+
+    @torch.library.custom_op(f"{SCRIPT.stem}::short_convolution_{name}_backward", mutates_args=())
+    def backward_op(dout: Tensor, x: Tensor, weight: Tensor, position: Tensor, cu_seqlens: Tensor,
+                    chunks: Tensor) -> tuple[Tensor, Tensor]:
+        return backward(dout, x, weight, position, cu_seqlens, chunks)
+
+    op.register_fake(lambda x, *_: x.new_empty(x.shape))
+    backward_op.register_fake(lambda dout, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+    op.register_autograd(lambda ctx, dout: (*backward_op(dout, *ctx.saved_tensors), None, None, None),
+                         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return op
 
 RECURRENCES["short convolution"] = {
-    "fla": (short_convolution_op, lambda: fla("modules.causal_conv1d.ops")),
-    "reference": (short_convolution_reference, lambda: None)}
+    "triton": (short_convolution_op("triton", short_convolution_triton, short_convolution_triton_backward),
+               lambda: importlib.import_module("triton"), 0),
+    "fla": (short_convolution_op("fla", short_convolution_fla, short_convolution_fla_backward),
+            lambda: fla("modules.causal_conv1d.ops"), 0),
+    "reference": (short_convolution_reference, lambda: None, 0)}
 recurrence_in_use["short convolution"] = short_convolution_reference
 
-def short_convolution(x: Tensor, weight: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
-    """SiLU of each channel's causal convolution inside each document: x (T, C), weight (C, width) -> (T, C)."""
-    return recurrence_in_use["short convolution"](x, weight, cu_seqlens, chunks)
+def short_convolution(x: Tensor, weight: Tensor, position: Tensor, cu_seqlens: Tensor, chunks: Tensor) -> Tensor:
+    """SiLU of each channel's causal convolution inside each document.
+
+    x (T, C), weight (C, width) fp32, position (T,) int32 in the document, chunks: chunk_table -> (T, C).
+    """
+    return recurrence_in_use["short convolution"](x, weight, position, cu_seqlens, chunks)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: differential attention [same]
@@ -988,6 +1099,7 @@ class Packing(NamedTuple):
     local_rotation: tuple[Tensor, Tensor]
     global_rotation: tuple[Tensor, Tensor] | None
     log_seen: Tensor  # (T, 1, 1, 1): logarithm of the number of keys that a global layer sees
+    position: Tensor  # (T,) int32: place in the document
     cu_seqlens: Tensor
     chunks: Tensor  # chunk_table
 
@@ -1103,7 +1215,8 @@ class Block(nn.Module):
         args, where = self.args, (packing.cu_seqlens, packing.chunks)
         qk, v = F.linear(x, self.recurrent_qk.flatten(0, 1)), F.linear(x, self.recurrent_v)
         if args.short_conv:
-            qk, v = short_convolution(qk, self.qk_conv, *where), short_convolution(v, self.v_conv, *where)
+            qk, v = (short_convolution(each, weight, packing.position, *where)
+                     for each, weight in ((qk, self.qk_conv), (v, self.v_conv)))
         else:
             qk, v = F.silu(qk), F.silu(v)
         q, k = qk.view(len(x), 2, args.recurrent_heads, -1).unbind(1)
@@ -1160,7 +1273,8 @@ class Model(nn.Module):
                             f"--diff-heads {args.diff_heads} must be a whole number")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         used = {"gdn": ["gated delta rule"], "mamba2": ["state space"], "none": []}[args.recurrent]
-        self.kernels = {kind: choose_recurrence(kind, args.recurrent_kernel, device) for kind in used}
+        self.kernels = {kind: choose_recurrence(kind, args.recurrent_kernel, device, width // 2 // args.recurrent_heads)
+                        for kind in used}
         if used and args.short_conv:
             name = args.recurrent_kernel if args.recurrent_kernel in ("fla", "reference") else "auto"
             self.kernels["short convolution"] = choose_recurrence("short convolution", name, device)
@@ -1222,7 +1336,7 @@ class Model(nn.Module):
         local, whole = (position[:, None, None, None] * f for f in (self.local_frequencies, self.global_frequencies))
         log_seen = torch.minimum(position + 1, reach).float().log()[:, None, None, None]
         return x, position, Packing(tokens, (local.cos(), local.sin()), None if self.args.nope else (
-            whole.cos(), whole.sin()), log_seen, cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
+            whole.cos(), whole.sin()), log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""

@@ -21,7 +21,9 @@ import torch
 PEAK = 800e12  # FLOP/s that large bf16 matrix products reach on an H100
 KINDS = {  # of kernel, by its name; the first that matches
     "attention": r"flash|fmha|attention",
-    "recurrence": r"chunk_|recurrent|delta_rule|prepare_wy|solve_tri|causal_conv|_state_passing|_bmm_chunk",
+    "short convolution": r"short_convolution|causal_conv1d",
+    "recurrence": r"^(?!triton_).*(chunk_|recurrent|delta_rule|simple_gla|wy_repr|recompute_w_u|solve_tri|merge_16x16|"
+                  r"l2norm|cumsum|gdn_gate|beta_sigmoid|compute_dh0|_state_passing)",  # not what torch.compile made
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
     "the rest": "",
 }
@@ -120,7 +122,7 @@ def main(script: str, flags: list[str], repeats: int = 5):
             print(f"  {kind:24}{on_gpu * parts[part][1]:9.1f}{bound}")
     print("\nkernels, ms a step")
     longest = Counter({(part, name): ms * parts[part][1] for part in found for name, ms in found[part].items()})
-    for (part, name), ms in longest.most_common(16):
+    for (part, name), ms in longest.most_common(24):
         print(f"{ms:9.2f}  {part:22}{name[:90]}")
 
 
