@@ -12,7 +12,7 @@ in one row, and cu_seqlens says where each begins.
 In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
 norm(x - e y) + 5) / 7.5); for two thirds of the run W_head is the token embedding. Norms are gainless RMSNorm. Matrices
 learn by NorMuon, everything else by Adam. The method is that of the public GPT speedrun (github.com/KellerJordan/
-modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half batches, bigrams, tying and y:
+modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half batches, x2, tying and y:
 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet measured on FineWeb).
 """
 import time
@@ -62,7 +62,6 @@ class UserError(Exception):
 
 class World:
     """The processes of this run, one per GPU as torchrun's environment says, or one alone; matrices are of `dtype`."""
-
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.gpu = torch.cuda.is_available()
@@ -118,7 +117,6 @@ def shard_tokens(path: Path) -> int:
 
 class Dataset:
     """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
-
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.train, self.val = (sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
@@ -150,7 +148,6 @@ class Dataset:
 
 class TokenStream:
     """All training shards end to end, epoch after epoch: one endless sequence. The next shard is read in a thread."""
-
     def __init__(self, dataset: Dataset):
         self.dataset, self.thread, self.loaded = dataset, ThreadPoolExecutor(1), {}
         self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train])
@@ -173,12 +170,10 @@ class TokenStream:
         return np.concatenate(parts)
 
 def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
-    """Cuts the head of `tokens` into `rows` rows of pieces, each piece (start, length) from one document.
-
-    A document longer than `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a
-    new piece, and every token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
-    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon.
-    """
+    """Cuts the head of `tokens` into `rows` rows of pieces (start, length), each from one document. One longer than
+    `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new piece, and every
+    token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
+    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
     starts = np.flatnonzero(tokens == separator).tolist()
     table, position = [], 0
     for _ in range(rows):
@@ -208,12 +203,9 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     return tuple(arrays)
 
 class TrainLoader:
-    """Batches of packed documents: the same token stream for every number of ranks.
-
-    A step's batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-
-    batch as `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore.
-    """
-
+    """Batches of packed documents: the same token stream for every number of ranks. A step's batch is rows of
+    `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-batch as
+    `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
         self.stream, self.world, self.separator = TokenStream(dataset), world, dataset.separator
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
@@ -297,10 +289,8 @@ def polar_express(x: Tensor) -> Tensor:
 
 def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor,
                    mu: Tensor):
-    """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size.
-
-    weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); decay, mu 0-D. In place.
-    """
+    """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size. In
+    place. weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); rest 0-D."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = polar_express(grad.lerp(momentum, mu)).float()
@@ -321,12 +311,9 @@ def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
 class Bank:
-    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part.
-
-    The parameters become views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32
-    (`master`) with the optimiser's moments (`state`): a step is reduce_scatter, update, all_gather.
-    """
-
+    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part. They become
+    views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32 (`master`) with the
+    optimiser's moments (`state`): a step is reduce_scatter, update, all_gather."""
     def __init__(self, world: World, params: dict[str, nn.Parameter], align: int, unit: int):
         """`align`: elements to which a parameter's place is rounded up; `unit`: the least that a rank can own."""
         some = next(iter(params.values()))
@@ -383,7 +370,6 @@ class Bank:
 
 class MuonBank(Bank):
     """A bank of equal matrices (n, rows, cols). A rank owns whole ones, because Muon needs them whole."""
-
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         rows, cols = next(iter(params.values())).shape[-2:]
         super().__init__(world, params, align=1, unit=rows * cols)
@@ -406,7 +392,6 @@ class MuonBank(Bank):
 
 class AdamBank(Bank):
     """A bank of anything else, cut without regard to shapes, because Adam works element by element."""
-
     def __init__(self, world: World, group: ParamGroup, params: dict[str, nn.Parameter], compile: bool):
         super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
         self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
@@ -420,7 +405,6 @@ class AdamBank(Bank):
 
 class Optimizer:
     """NorMuon for stacks of matrices, Adam for the rest, in banks sharded over the ranks."""
-
     def __init__(self, groups: list[ParamGroup], world: World, compile: bool):
         stacks, group_of = {}, {name: group for group in groups for name in group.params}
         for i, group in enumerate(groups):
@@ -604,10 +588,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
     """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens.
-
-    YaRN (arXiv 2309.00071): as the window grows, frequencies that turned less than once in it are slowed down to fit
-    the new one, fast ones stay as they are, and the scores are sharpened a little.
-    """
+    YaRN (arXiv 2309.00071): as it grows, frequencies that turned less than once in it are slowed down to fit the new
+    one, fast ones stay as they are, and the scores are sharpened a little."""
     scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
         keep = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -623,7 +605,6 @@ class Block(nn.Module):
     v     a value embedding                             =  the stream after it is held, and in part taken off at the end
     h     attention reads the held stream
     """
-
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
         self.args, dim, self.keeps, self.takes, self.holds = args, args.model_dim, ">" in word, "<" in word, "=" in word
@@ -667,7 +648,6 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """A decoder with a layer for each word of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
-
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
@@ -707,9 +687,8 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
 
     def compile(self):
-        """Compiles parts, not the whole: blocks of one kind share a graph. On an H100 that took 73.5 s of start-up
-        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches).
-        embed() stays as it is: compiled, it lengthened a warm start from 15 s to 18 s, and no step was shorter."""
+        """Compiles parts: blocks of one kind share a graph, which on an H100 starts in 73.5 s, not 96.8 s as the whole,
+        and runs 4% faster. embed() stays as it is: compiled, it made a warm start 3 s longer and no step shorter."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
@@ -756,11 +735,9 @@ class Model(nn.Module):
         return (weight_sum * logits.exp().sum(1).log() - chosen).sum()
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
-        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32.
-
-        A token also predicts the tokens after its target as far as they are of its document, with the stage's loss
-        weights: multi-token prediction (arXiv 2404.19737) with one head for all.
-        """
+        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32. A token also
+        predicts the tokens after its target as far as they are of its document, with the stage's loss weights:
+        multi-token prediction (arXiv 2404.19737) with one head for all."""
         x, position = self.hidden(tokens, cu_seqlens, stage)
         ahead = range(len(stage.loss_weights))
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
@@ -874,12 +851,11 @@ class Hyperparameters:
     layers: str = "s sv sv l> s s -< s= svh svh lvh"
     """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
     > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
-    learned part of it, at first half, off at the end, h lets attention read the held one"""
+    learned part of it, half at first, off at the end (backout), h has attention read the held one (late input)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
-    # = and h in the layers and the next three were measured together, with the smear gate's rate and two techniques
-    # that are not here (paired heads, key offset): loss -0.375 (20M tokens, one run each)
+    # measured as one, with = and h, the smear gate's rate, and paired heads and key offset, not here: loss -0.375
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
     attention_scales: bool = True  # learned factors of attention's input and output matrices, at first 0.5 and 1
     zero_attention: bool = False  # attention's output matrices begin at zero, as the MLP's do
@@ -903,16 +879,13 @@ class Hyperparameters:
     adamw_lr: float = 0.002  # everything, with --optimizer adamw
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
 
-def sample_stage(steps: float, windows: tuple[int, int]) -> Stage:
-    return Stage(steps, 4096, 512, windows, 1.0, (1.0,))
-
 PRESETS = {
     "speedrun": Hyperparameters(),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
-        stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
-                sample_stage(0.25, (64, 256))),
+        stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
+            (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3,
         bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008),
 }
@@ -928,7 +901,6 @@ FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every",
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
-
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.batches = args, [stage.batch_tokens for stage in args.stages]
         parts = np.array([stage.steps for stage in args.stages])
@@ -970,7 +942,6 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.world = args, world
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
@@ -987,9 +958,8 @@ class Run:
         self.model.initialise(args.seed)
         self.optimizer = Optimizer(groups, world, args.compile)
         self.step, self.seconds, self.started, self.val_loss = 0, 0.0, None, math.nan
-        self.unread, self.last_report, self.saved = None, 0.0, None
+        self.unread, self.last_report, self.saved, self.file = None, 0.0, None, None
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
-        self.file = None
         if world.rank == 0:
             stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
             try:
