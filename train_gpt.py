@@ -4,16 +4,16 @@ train_gpt.py: the speedrun Transformer, from tokens to a logged result in one fi
 One block, for T packed tokens of model_dim D with H heads of D/H. There is no batch dimension: documents lie end to end
 in one row, and cu_seqlens says where each begins.
 
-    x   (T, D)  <- a x + b x0 + c x2         x0: the normalised embedding of the token; x2: of it and the one before it
+    x   (T, D)  <- a x + b x0 + c x2            x0: the token's normalised embedding; x2: its and the last one's, hashed
     qkv (T, 3, H, D/H) = s W_qkv norm(x);  q, k <- rope(norm(q)), rope(norm(k));  v <- v + g * value_embedding(token)
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
 In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
-norm(x - e y) + 5) / 7.5); for two thirds of the run W_head is the token embedding. Norms are gainless RMSNorm. Matrices
-learn by NorMuon, everything else by Adam. The method is that of the public GPT speedrun (github.com/KellerJordan/
-modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half batches, x2, tying and y:
-3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet measured on FineWeb).
+norm(x - e y) + 5) / 7.5); for two thirds of the run W_head is the token embedding. Norms are gainless RMSNorm; W_down
+starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is that of the public GPT speedrun
+(github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half
+batches, x2, tying and y: 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet on FineWeb).
 """
 import time
 
