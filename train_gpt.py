@@ -4,15 +4,16 @@ train_gpt.py: the speedrun Transformer, from tokens to a logged result in one fi
 One block, for T packed tokens of model_dim D with H heads of D/H. There is no batch dimension: documents lie end to end
 in one row, and cu_seqlens says where each begins.
 
-    x   (T, D)  <- a x + b x0                                   x0: the normalised token embedding, into every layer
-    qkv (T, 3, H, D/H) = W_qkv norm(x);  q, k <- rope(norm(q)), rope(norm(k));  v <- v + g * value_embedding(token)
-    x   (T, D)  <- x + W_out attention(q, k, v)                 causal, inside the document, short or long window
-    x   (T, D)  <- c x + W_down relu(W_up norm(x))^2            hidden width 4 D
+    x   (T, D)  <- a x + b x0 + c x2            x0: the token's normalised embedding; x2: its and the last one's, hashed
+    qkv (T, 3, H, D/H) = s W_qkv norm(x);  q, k <- rope(norm(q)), rope(norm(k));  v <- v + g * value_embedding(token)
+    x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
+    x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-The loss is the cross-entropy of 23 sigmoid((W_head norm(x) + 5) / 7.5). Norms are gainless RMSNorm; output projections
-and the head start at zero. Matrices learn by NorMuon, everything else by Adam. The method is that of the public GPT
-speedrun (github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines.
-Last result: 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet measured on FineWeb).
+In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
+norm(x - e y) + 5) / 7.5); for two thirds of the run W_head is the token embedding. Norms are gainless RMSNorm; W_down
+starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is that of the public GPT speedrun
+(github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half
+batches, x2, tying and y: 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet on FineWeb).
 """
 import time
 
@@ -61,7 +62,6 @@ class UserError(Exception):
 
 class World:
     """The processes of this run, one per GPU as torchrun's environment says, or one alone; matrices are of `dtype`."""
-
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.gpu = torch.cuda.is_available()
@@ -117,7 +117,6 @@ def shard_tokens(path: Path) -> int:
 
 class Dataset:
     """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
-
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self.train, self.val = (sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
@@ -149,7 +148,6 @@ class Dataset:
 
 class TokenStream:
     """All training shards end to end, epoch after epoch: one endless sequence. The next shard is read in a thread."""
-
     def __init__(self, dataset: Dataset):
         self.dataset, self.thread, self.loaded = dataset, ThreadPoolExecutor(1), {}
         self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train])
@@ -172,12 +170,10 @@ class TokenStream:
         return np.concatenate(parts)
 
 def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
-    """Cuts the head of `tokens` into `rows` rows of pieces, each piece (start, length) from one document.
-
-    A document longer than `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a
-    new piece, and every token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
-    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon.
-    """
+    """Cuts the head of `tokens` into `rows` rows of pieces (start, length), each from one document. One longer than
+    `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new piece, and every
+    token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
+    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
     starts = np.flatnonzero(tokens == separator).tolist()
     table, position = [], 0
     for _ in range(rows):
@@ -207,12 +203,9 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     return tuple(arrays)
 
 class TrainLoader:
-    """Batches of packed documents: the same token stream for every number of ranks.
-
-    A step's batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-
-    batch as `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore.
-    """
-
+    """Batches of packed documents: the same token stream for every number of ranks. A step's batch is rows of
+    `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-batch as
+    `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
         self.stream, self.world, self.separator = TokenStream(dataset), world, dataset.separator
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
@@ -272,6 +265,7 @@ class ParamGroup:
     betas: tuple[float, float] = (0.9, 0.95)  # Adam
     every: int = 2  # Adam: update on every second step, with the gradients of both
     cautious: bool = True  # decay only where update and weight agree in sign (arXiv 2510.12402)
+    tied_to: str = ""  # the parameter with which this group's only one shares gradients while the run is tied
 
 # Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
 POLAR_EXPRESS = (
@@ -295,10 +289,8 @@ def polar_express(x: Tensor) -> Tensor:
 
 def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor,
                    mu: Tensor):
-    """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size.
-
-    weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); decay, mu 0-D. In place.
-    """
+    """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size. In
+    place. weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); rest 0-D."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = polar_express(grad.lerp(momentum, mu)).float()
@@ -319,12 +311,9 @@ def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
 class Bank:
-    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part.
-
-    The parameters become views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32
-    (`master`) with the optimiser's moments (`state`): a step is reduce_scatter, update, all_gather.
-    """
-
+    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part. They become
+    views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32 (`master`) with the
+    optimiser's moments (`state`): a step is reduce_scatter, update, all_gather."""
     def __init__(self, world: World, params: dict[str, nn.Parameter], align: int, unit: int):
         """`align`: elements to which a parameter's place is rounded up; `unit`: the least that a rank can own."""
         some = next(iter(params.values()))
@@ -381,7 +370,6 @@ class Bank:
 
 class MuonBank(Bank):
     """A bank of equal matrices (n, rows, cols). A rank owns whole ones, because Muon needs them whole."""
-
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         rows, cols = next(iter(params.values())).shape[-2:]
         super().__init__(world, params, align=1, unit=rows * cols)
@@ -404,7 +392,6 @@ class MuonBank(Bank):
 
 class AdamBank(Bank):
     """A bank of anything else, cut without regard to shapes, because Adam works element by element."""
-
     def __init__(self, world: World, group: ParamGroup, params: dict[str, nn.Parameter], compile: bool):
         super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
         self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
@@ -418,7 +405,6 @@ class AdamBank(Bank):
 
 class Optimizer:
     """NorMuon for stacks of matrices, Adam for the rest, in banks sharded over the ranks."""
-
     def __init__(self, groups: list[ParamGroup], world: World, compile: bool):
         stacks, group_of = {}, {name: group for group in groups for name in group.params}
         for i, group in enumerate(groups):
@@ -428,10 +414,14 @@ class Optimizer:
         self.banks = {
             " ".join(params): MuonBank(world, group_of, params, compile) if key[0] == "muon"
             else AdamBank(world, groups[key[0]], params, compile) for key, params in stacks.items()}
+        self.pairs = [(self.banks[" ".join(g.params)], self.banks[g.tied_to]) for g in groups if g.tied_to]
 
-    def step(self, step: int, lr: float, momentum: float):
+    def step(self, step: int, lr: float, momentum: float, tied: bool = False):
         """Updates the banks whose turn it is and clears their gradients. `lr` is the schedule's factor."""
         due = [bank for bank in self.banks.values() if (step + 1) % bank.every == 0]
+        for bank, other in self.pairs:
+            if tied and bank in due:  # both learn from the sum: equal at first, weights and moments stay equal
+                other.grads.copy_(bank.grads.add_(other.grads))
         for bank in due:
             bank.reduce()
         for bank in due:  # while one bank is updated, the next one's gradients and the last one's weights travel
@@ -654,10 +644,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
     """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens.
-
-    YaRN (arXiv 2309.00071): as the window grows, frequencies that turned less than once in it are slowed down to fit
-    the new one, fast ones stay as they are, and the scores are sharpened a little.
-    """
+    YaRN (arXiv 2309.00071): as it grows, frequencies that turned less than once in it are slowed down to fit the new
+    one, fast ones stay as they are, and the scores are sharpened a little."""
     scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
         keep = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -670,74 +658,93 @@ class Block(nn.Module):
 
     s, l  attention with the short, the long window     >  the stream after it is kept ...
     -     no attention                                  <  ... and added to the stream here
-    v     a value embedding
+    v     a value embedding                             =  the stream after it is held, and in part taken off at the end
+    h     attention reads the held stream
     """
-
-    def __init__(self, word: str, vocab_size: int, dim: int, num_heads: int, dtype: torch.dtype):
+    def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
-        self.long, self.keeps, self.num_heads = "l" in word, ">" in word, num_heads
-        self.attends, self.valued, self.takes = "-" not in word, "v" in word, "<" in word
+        self.args, dim, self.keeps, self.takes, self.holds = args, args.model_dim, ">" in word, "<" in word, "=" in word
+        self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
         self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
+        if args.bigram_rows:
+            self.bigram_gate = nn.Parameter(torch.empty(()))
         if self.attends:
             self.qkv, self.out = (nn.Parameter(torch.empty(*n, dim, dim, dtype=dtype)) for n in ((3,), ()))
+            if args.attention_scales:
+                self.in_scale, self.out_scale = (nn.Parameter(torch.empty(())) for _ in range(2))
         if self.valued:
             self.value_table = nn.Parameter(torch.empty(vocab_size, dim, dtype=dtype))
-            self.value_gate = nn.Parameter(torch.empty(num_heads, 12))
+            self.value_gate = nn.Parameter(torch.empty(args.num_heads, 12))
         if self.takes:
             self.skip = nn.Parameter(torch.empty(()))
 
     def attention(self, x, tokens, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
-        q, k, v = F.linear(x, self.qkv.flatten(0, 1)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (T, H, D / H)
+        qkv, out = self.qkv.flatten(0, 1), self.out
+        if self.args.attention_scales:  # q and k are normed: the factor of qkv is one of v
+            qkv, out = self.in_scale * qkv, self.out_scale * out
+        q, k, v = F.linear(x, qkv).view(len(x), 3, self.args.num_heads, -1).unbind(1)  # (T, H, D / H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
             values = F.embedding(tokens, self.value_table)
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
             v = v + gate[..., None] * values.view_as(v)
-        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).flatten(1), self.out)
+        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).flatten(1), out)
 
-    def forward(self, x, x0, kept, *inputs) -> Tensor:
-        """x, x0 and, for a `<` layer, kept (T, D); inputs: the other arguments of `attention`. -> (T, D)"""
+    def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
+        """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
         x = self.residual * x + self.inject * x0
+        if bigram is not None:
+            x = x + self.bigram_gate * bigram
         if self.takes:
             x = x + torch.sigmoid(self.skip) * kept
         if self.attends:
-            x = x + self.attention(norm(x), *inputs)
+            x = x + self.attention(norm(held if self.late else x), *inputs)
         return self.mlp_residual * x + F.linear(norm(x), self.up).relu().square() @ self.down
 
 class Model(nn.Module):
     """A decoder with a layer for each word of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
-
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        words, dim, marks = args.layers.split(), args.model_dim, re.sub("[^<>]", "", args.layers)
-        if not words or not all(re.fullmatch("([sl]v?|-)[<>]?", word) for word in words) or marks not in ("", "><"):
-            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <')
+        words, dim = args.layers.split(), args.model_dim
+        skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
+        if not words or not all(re.fullmatch("([sl]v?h?|-)[<>=]?", word) for word in words) or (
+                skip not in ("", "><") or not re.fullmatch("(=h*)?", late)):
+            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <, '
+                            "one with = and later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         with torch.device(device):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
             self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
-            self.blocks = nn.ModuleList(Block(word, self.vocab_size, dim, args.num_heads, dtype) for word in words)
+            if args.bigram_rows:
+                self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim, dtype=dtype))
+                bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
+                self.register_buffer("signs", (2 * bits - 1).to(device, dtype), persistent=False)
+            if "=" in args.layers:
+                self.backout = nn.Parameter(torch.empty(()))
+            self.blocks = nn.ModuleList(Block(word, args, self.vocab_size, dtype) for word in words)
 
     @torch.no_grad()
     def initialise(self, seed: int):
-        """Uniform matrices of std 0.5 / sqrt(columns), zero outputs: at first every layer passes the stream through."""
+        """Uniform matrices of std 0.5 / sqrt(columns), zero outputs of MLPs, and of attention with --zero-attention."""
         torch.manual_seed(seed)
         for name, param in self.named_parameters():
-            if name.endswith((".qkv", ".up")):
+            if name.endswith((".qkv", ".up") if self.args.zero_attention else (".qkv", ".out", ".up")):
                 nn.init.uniform_(param, -(bound := 0.5 * math.sqrt(3 / param.size(-1))), bound)
             elif name.endswith(("embedding", ".value_table")):
                 nn.init.normal_(param, std=1.0 if name == "embedding" else 0.01)
             else:
-                nn.init.constant_(param, {"residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "skip": -1.5}.get(
-                    name.split(".")[-1], 0.0))
+                nn.init.constant_(param, {
+                    "residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "skip": -1.5, "bigram_gate": 0.05, "in_scale": 0.5,
+                    "out_scale": 1.0, "backout": -0.5}.get(name.split(".")[-1], 0.0))
+        if self.args.tied_until:
+            self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
 
     def compile(self):
-        """Compiles parts, not the whole: blocks of one kind share a graph. On an H100 that took 73.5 s of start-up
-        instead of 96.8 s with the layers unrolled into one graph, and ran 4% faster (one run each, without caches).
-        embed() stays as it is: compiled, it lengthened a warm start from 15 s to 18 s, and no step was shorter."""
+        """Compiles parts: blocks of one kind share a graph, which on an H100 starts in 73.5 s, not 96.8 s as the whole,
+        and runs 4% faster. embed() stays as it is: compiled, it made a warm start 3 s longer and no step shorter."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
@@ -751,16 +758,24 @@ class Model(nn.Module):
         gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
         return norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0)), angle.cos(), angle.sin(), position
 
+    def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """(T, D): a learned row for each token with the one before it in its document. Pairs share rows by a hash, with
+        signs by another hash, so that those which share a row can still be told apart."""
+        before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
+        row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
+        return F.embedding(row, self.bigram_table) * self.signs[(tokens ^ before) % len(self.signs)]
+
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
         x0, cos, sin, position = self.embed(tokens, cu_seqlens, stage.frequencies)
-        x, kept = x0.clone(), None  # not x0 itself: the first block would compile apart from the others of its kind
+        bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
+        x, kept, held = x0.clone(), None, None  # cloned, as held is: a block given one tensor twice would compile apart
         for block in self.blocks:
             window = stage.long_window if block.long else stage.short_window
-            x = block(x, x0, kept if block.takes else None, tokens, cos, sin, cu_seqlens, stage.max_seqlen, window,
-                      stage.scale)
-            kept = x if block.keeps else kept
-        return x, position
+            x = block(x, x0, bigram, kept if block.takes else None, held if block.late else None, tokens, cos, sin,
+                      cu_seqlens, stage.max_seqlen, window, stage.scale)
+            kept, held = x if block.keeps else kept, x.clone() if block.holds else held
+        return x if held is None else x + self.backout * held, position
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, vocabulary), fp32, between 0 and 23."""
@@ -778,11 +793,9 @@ class Model(nn.Module):
         return (weight_sum * logits.exp().sum(1).log() - chosen).sum()
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
-        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32.
-
-        A token also predicts the tokens after its target as far as they are of its document, with the stage's loss
-        weights: multi-token prediction (arXiv 2404.19737) with one head for all.
-        """
+        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32. A token also
+        predicts the tokens after its target as far as they are of its document, with the stage's loss weights:
+        multi-token prediction (arXiv 2404.19737) with one head for all."""
         x, position = self.hidden(tokens, cu_seqlens, stage)
         ahead = range(len(stage.loss_weights))
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
@@ -810,14 +823,19 @@ class Model(nn.Module):
         def like(*endings: str) -> dict[str, nn.Parameter]:
             return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
 
+        head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
+        embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
+        if args.tied_until:
+            embedding = dataclasses.replace(head, params=embedding.params, tied_to="head")
+        scalars = like("residual", ".inject", ".skip", "smear", "_scale", "backout")
         groups = [
             ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
-            ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
-            ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95)),
-            ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95)),
+            ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay), head, embedding,
             ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
+            ParamGroup("adam", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.75, 0.95)),
+            ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("residual", ".inject", ".skip", "smear"), args.scalar_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99)),
         ]
         assert not named, f"no group for {list(named)}"
         return [group for group in groups if group.params]
@@ -825,7 +843,7 @@ class Model(nn.Module):
     def num_params(self) -> dict[str, int]:
         """Parameters: all, those in matrix products (what a FLOP count needs), those looked up in tables."""
         sizes = {name: p.numel() for name, p in self.named_parameters() if p.ndim > 1}
-        tables = sum(size for name, size in sizes.items() if name.endswith(("embedding", "value_table")))
+        tables = sum(size for name, size in sizes.items() if name.endswith(("embedding", "_table")))
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, "matmul": sum(sizes.values()) - tables, "tables": tables}
 
@@ -866,7 +884,7 @@ class Hyperparameters:
     target: float = 3.28  # validation loss to reach, nats per token
     val_tokens: int = 10_485_760  # the first so many validation tokens are the validation set
     val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
-    val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
+    val_every: int = 250  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
     attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
@@ -875,24 +893,30 @@ class Hyperparameters:
     save_every: int = 0  # steps between checkpoints (0: only at the end)
     resume: str | None = None  # checkpoint to go on from, with the flags of the run that wrote it
 
-    row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
+    row_tokens: int = 8192  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
     loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
-    stages: tuple[Stage, Stage, Stage, Stage] = (
-        Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25)),
-        Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0)),
-        Stage(423 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0)),
-        Stage(15 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)),
+    stages: tuple[Stage, Stage, Stage, Stage] = (  # half the public speedrun's batches: loss -0.41 (20M tokens)
+        Stage(423 / 1285, 65_536, 896, (128, 384), 0.66, (1.0, 0.5, 0.25)),
+        Stage(424 / 1285, 131_072, 2048, (384, 896), 1.0, (1.0, 0.5, 0.0)),
+        Stage(423 / 1285, 196_608, 2048, (640, 1408), 1.27, (1.0, 0.0, 0.0)),
+        Stage(15 / 1285, 196_608, 2048, (768, 1664), 1.27, (1.0, 0.0, 0.0)),
     )
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "s sv sv l> s s -< s sv sv lv"
+    layers: str = "s sv sv l> s s -< s= svh svh lvh"
     """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
-    > keeps the stream after the layer, < adds the kept one before it"""
+    > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
+    learned part of it, half at first, off at the end (backout), h has attention read the held one (late input)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
+    bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
+    # measured as one, with = and h, the smear gate's rate, and paired heads and key offset, not here: loss -0.375
+    tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
+    attention_scales: bool = True  # learned factors of attention's input and output matrices, at first 0.5 and 1
+    zero_attention: bool = False  # attention's output matrices begin at zero, as the MLP's do
 
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
     lr_floor: float = 0.15  # learning-rate factor after the cooldown
@@ -902,26 +926,26 @@ class Hyperparameters:
     muon_ramps: tuple[float, float] = (0.233, 0.039)  # parts of the run in which the momentum rises, and falls
     head_lr: float = 0.008  # output head, Adam
     head_weight_decay: float = 0.006  # output head
-    embedding_lr: float = 0.3  # token embedding, Adam
-    embedding_weight_decay: float = 0.005  # token embedding
+    embedding_lr: float = 0.3  # token embedding, Adam; one that is tied at first learns like the head
+    embedding_weight_decay: float = 0.005  # token embedding, likewise
     value_lr: float = 0.6  # value embeddings, Adam
-    value_weight_decay: float = 0.015  # value embeddings
-    gate_lr: float = 0.008  # gates, Adam
+    value_weight_decay: float = 0.015  # value embeddings and bigram table
+    bigram_lr: float = 0.6  # bigram table, Adam
+    smear_gate_lr: float = 8e-5  # gate of the smear, Adam
+    gate_lr: float = 0.008  # other gates, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
     adamw_lr: float = 0.002  # everything, with --optimizer adamw
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
-
-def sample_stage(steps: float, windows: tuple[int, int]) -> Stage:
-    return Stage(steps, 4096, 512, windows, 1.0, (1.0,))
 
 PRESETS = {
     "speedrun": Hyperparameters(),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
-        stages=(sample_stage(0.25, (32, 64)), sample_stage(0.25, (64, 128)), sample_stage(0.25, (64, 192)),
-                sample_stage(0.25, (64, 256))),
-        document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3),
+        stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
+            (32, 64), (64, 128), (64, 192), (64, 256))),
+        document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3,
+        bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -935,7 +959,6 @@ FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every",
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
-
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.batches = args, [stage.batch_tokens for stage in args.stages]
         parts = np.array([stage.steps for stage in args.stages])
@@ -977,7 +1000,6 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.world = args, world
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
@@ -994,9 +1016,8 @@ class Run:
         self.model.initialise(args.seed)
         self.optimizer = Optimizer(groups, world, args.compile)
         self.step, self.seconds, self.started, self.val_loss = 0, 0.0, None, math.nan
-        self.unread, self.last_report, self.saved = None, 0.0, None
+        self.unread, self.last_report, self.saved, self.file = None, 0.0, None, None
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
-        self.file = None
         if world.rank == 0:
             stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
             try:
@@ -1051,7 +1072,8 @@ class Run:
             loss = self.model(*batch, stage) / row.batch_tokens
             loss.backward()
             report[0] += loss.detach() / stage.loss_weights.sum()
-        self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step))
+        self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step),
+                            tied=self.step < self.args.tied_until * self.schedule.steps)
         self.step += 1
         on_host = torch.empty(2, pin_memory=self.world.gpu).copy_(self.world.sum(report), non_blocking=True)
         if arrived := self.world.mark():

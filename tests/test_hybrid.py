@@ -34,6 +34,7 @@ OFF = {  # each ingredient without the others, and the other choices
     "differential everywhere": {"diff": "all"}, "no differential": {"diff": "none"}, "no SSMax": {"ssmax": False},
     "rotary everywhere": {"nope": False}, "subtract": {"fusion": "subtract"}, "concat": {"fusion": "concat"},
     "no extras": {"extras": False, "layers": "l r d l d"}, "small init": {"init_std": 0.02},
+    "no bigrams": {"bigram_rows": 0},
     "grouped heads": {"num_heads": 4, "kv_heads": 2, "diff_heads": 2, "expand": 2, "recurrent_heads": 4},
 }
 ALL = {"everything": {}} | OFF
@@ -50,7 +51,7 @@ def stage(**changes) -> hybrid.Stage:
 
 def tiny(**changes) -> hybrid.Hyperparameters:
     defaults = {"layers": LAYERS, "model_dim": 32, "num_heads": 2, "kv_heads": 2, "diff_heads": 2, "recurrent_heads": 2,
-                "stages": (stage(),) * 4, "val_windows": (7, 9), "val_row_tokens": 300}
+                "stages": (stage(),) * 4, "val_windows": (7, 9), "val_row_tokens": 300, "bigram_rows": 501}
     return dataclasses.replace(hybrid.PRESETS["sample"], **(defaults | changes))
 
 
@@ -165,6 +166,14 @@ def naive_recurrence(block, h, args) -> list[Tensor]:
     return outs
 
 
+def naive_bigram(model, tokens) -> Tensor:
+    """A row of the table for each pair of tokens, with signs; the last one for a document's first token."""
+    rows, signs, before = len(model.bigram_table) - 1, model.signs, [0, *tokens.tolist()]
+    return torch.stack([
+        model.bigram_table[((36313 * b) ^ (27191 * a)) % rows if place else rows] * signs[(a ^ b) % len(signs)]
+        for place, (a, b) in enumerate(zip(before, before[1:]))])
+
+
 def naive_hidden(model, tokens) -> Tensor:
     args, source = model.args, None
     x = x0 = model.embedding[tokens]
@@ -175,6 +184,8 @@ def naive_hidden(model, tokens) -> Tensor:
         scale = depth**-0.5 if args.layernorm_scaling else 1.0
         if args.extras:
             x = block.residual * x + block.inject * x0
+        if args.bigram_rows:
+            x = x + block.bigram_gate * naive_bigram(model, tokens)
         h = rms(x) * scale
         own = source if word == "r" else (block, h)
         source = own if word[0] == "l" else source
@@ -263,7 +274,8 @@ def test_scalable_softmax_of_weight_one_is_softmax():
 
 def test_global_layers_know_no_positions():
     """A global layer alone, its window wide, does not care about the order of the tokens before."""
-    model = random_model(layers="d", recurrent="none", extras=False, stages=(stage(windows=(3, 100)),) * 4)
+    model = random_model(layers="d", recurrent="none", extras=False, bigram_rows=0,
+                         stages=(stage(windows=(3, 100)),) * 4)
     tokens = random_tokens(20)
     turned_round = torch.cat([tokens[:-1].flip(0), tokens[-1:]])
     assert_near(hidden(model, tokens, 20)[-1], hidden(model, turned_round, 20)[-1])
@@ -344,7 +356,8 @@ def test_num_params_of_dragon_as_published():
 def test_the_speedrun_is_as_large_as_that_of_train_gpt(speedrun):
     counts = speedrun.num_params()
     theirs = gpt.Model(gpt.PRESETS["speedrun"], 50257, META, torch.bfloat16).num_params()
-    assert counts == {"total": 347_854_624, "matmul": 115_983_720, "tables": 231_800_832}
+    bigrams = 377_280 * 768
+    assert counts == {"total": 347_854_633 + bigrams, "matmul": 115_983_720, "tables": 231_800_832 + bigrams}
     assert all(counts[kind] == pytest.approx(theirs[kind], rel=0.05) for kind in counts)
 
 
@@ -381,7 +394,10 @@ def test_matrices_learn_by_muon_and_the_rest_by_adam_in_fp32_without_decay(speed
             assert group.method == "adam"
         if kind not in (*hybrid.MATRICES, *hybrid.TABLES, "head"):
             assert param.dtype == torch.float32 and group.weight_decay == 0.0, name
-    assert by_name["blocks.0.A_log"].lr == by_name["blocks.0.rates"].lr == 0.008
+    assert by_name["blocks.0.A_log"].lr == by_name["blocks.0.rates"].lr == by_name["blocks.0.bigram_gate"].lr == 0.008
+    assert by_name["smear_gate"].lr == 8e-5 and by_name["bigram_table"].lr == 0.6
+    head, embedding = by_name["head"], by_name["embedding"]
+    assert dataclasses.replace(embedding, params=head.params, tied_to="") == head and embedding.tied_to == "head"
     mamba = hybrid.Model(tiny(recurrent="mamba2", fusion="concat", layers="l"), VOCAB, META, torch.float32)
     assert "blocks.0.skip" in {name for group in mamba.param_groups() for name in group.params}
 
@@ -407,6 +423,9 @@ def test_initialisation_depends_on_the_seed_alone():
     small.initialise(0)
     for name in ("embedding", "head", "blocks.0.out", "blocks.0.recurrent_qk", "blocks.0.qk_conv"):
         assert small.get_parameter(name).std().item() == pytest.approx(0.006, rel=0.15), name
+    tied = hybrid.Model(tiny(tied_until=0.5), VOCAB, CPU, torch.float32)
+    tied.initialise(0)
+    assert torch.equal(tied.embedding, tied.head) and tied.head.std().item() == pytest.approx(0.005, rel=0.05)
 
 
 # Flags
@@ -419,6 +438,7 @@ def test_presets_and_their_stages():
         hybrid.Schedule(args, types.SimpleNamespace(size=1))
     dragon = hybrid.PRESETS["dragon"]
     assert dragon.layers.replace(" ", "") == "lrldlrlrlrdlrlrlrdlr" and dragon.optimizer == "adamw"
+    assert not (dragon.extras or dragon.bigram_rows or dragon.tied_until)
     assert hybrid.Schedule(dragon, types.SimpleNamespace(size=1)).steps == 32_990
 
 
@@ -454,7 +474,8 @@ def test_wrong_sizes_and_kernels_are_refused_in_one_line(changes, flag):
 
 SMALL = ["--preset", "sample", "--row-tokens", "256", "--micro-batch-tokens", "512", "--val-tokens", "2048",
          "--val-row-tokens", "1024", "--model-dim", "32", "--num-heads", "2", "--kv-heads", "2", "--diff-heads", "2",
-         "--recurrent-heads", "2", "--layers", "lv r d", "--max-tokens", "7168", "--head-lr", "0.05"]
+         "--recurrent-heads", "2", "--layers", "lv r d", "--max-tokens", "7168", "--head-lr", "0.05",
+         "--bigram-rows", "301", "--tied-until", "0.667"]
 for i in range(4):
     SMALL += [f"--stages.{i}.batch-tokens", "1024"]
 

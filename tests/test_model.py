@@ -19,8 +19,8 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "s sv l> -< lv"
-REACH = 2 * (SHORT - 1) + 2 * (LONG - 1) + 1  # how far back LAYERS see, with the smear
+LAYERS = "s sv= l> -< lvh"
+REACH = 2 * (SHORT - 1) + (LONG - 1) + 1  # how far back LAYERS see, with the smear: the last reads what the second left
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def stage(**changes) -> gpt.Stage:
 
 def tiny(**changes) -> gpt.Hyperparameters:
     defaults = {"layers": LAYERS, "model_dim": 32, "num_heads": 2, "stages": (stage(),) * 4, "val_windows": (7, 9),
-                "val_row_tokens": 300}
+                "val_row_tokens": 300, "bigram_rows": 501, "attention_scales": True}
     return dataclasses.replace(gpt.PRESETS["sample"], **(defaults | changes))
 
 
@@ -86,14 +86,22 @@ def naive_attention(block, word, x, tokens, heads, scale, frequencies) -> Tensor
     window, width, outputs = LONG if "l" in word else SHORT, x.size(1) // heads, []
     ago = torch.arange(len(x))[:, None] - torch.arange(len(x))
     for head in range(heads):
-        q, k, v = (x @ w[head * width:(head + 1) * width].T for w in block.qkv)
+        q, k, v = (x @ w[head * width:(head + 1) * width].T for w in block.in_scale * block.qkv)
         if "v" in word:
             values = block.value_table[tokens]
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ block.value_gate[head])
             v = v + gate[:, None] * values[:, head * width:(head + 1) * width]
         scores = turned(rms(q), frequencies) @ turned(rms(k), frequencies).T * scale
         outputs.append(scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(1) @ v)
-    return torch.cat(outputs, 1) @ block.out.T
+    return torch.cat(outputs, 1) @ (block.out_scale * block.out).T
+
+
+def naive_bigram(model, tokens) -> Tensor:
+    """A row of the table for each pair of tokens, with signs; the last one for a document's first token."""
+    rows, signs, before = len(model.bigram_table) - 1, model.signs, [0, *tokens.tolist()]
+    return torch.stack([
+        model.bigram_table[((36313 * b) ^ (27191 * a)) % rows if place else rows] * signs[(a ^ b) % len(signs)]
+        for place, (a, b) in enumerate(zip(before, before[1:]))])
 
 
 def naive_hidden(model, tokens) -> Tensor:
@@ -101,20 +109,21 @@ def naive_hidden(model, tokens) -> Tensor:
     scale, frequencies = gpt.yarn([LONG], model.args.model_dim // heads)
     x = model.embedding[tokens]
     smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
-    x0, kept = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None
-    x = x0
+    x0, kept, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None, 0.0
+    x, bigram = x0, naive_bigram(model, tokens)
     for word, block in zip(words, model.blocks):
-        x = block.residual * x + block.inject * x0
+        x = block.residual * x + block.inject * x0 + block.bigram_gate * bigram
         x = x + torch.sigmoid(block.skip) * kept if "<" in word else x
         if "-" not in word:
-            x = x + naive_attention(block, word, rms(x), tokens, heads, scale, frequencies)
+            x = x + naive_attention(block, word, rms(held if "h" in word else x), tokens, heads, scale, frequencies)
         x = block.mlp_residual * x + (rms(x) @ block.up.T).relu() ** 2 @ block.down
-        kept = x if ">" in word else kept
-    return x
+        kept, held = x if ">" in word else kept, x if "=" in word else held
+    return x + model.backout * held if "=" in model.args.layers else x
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", LAYERS])
+@pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
+                                    "s> l= svh< lvh", LAYERS])
 def test_each_kind_of_layer_equals_a_naive_model(layers):
     model, tokens = random_model(layers=layers), random_tokens(40)
     assert_near(hidden(model, tokens, 40), naive_hidden(model, tokens), 1e-6)  # the rotary embedding is in fp32
@@ -122,6 +131,7 @@ def test_each_kind_of_layer_equals_a_naive_model(layers):
 
 def test_value_tables_and_skips_are_where_the_words_say():
     model = random_model(layers="s sv - l> lv s<")
+    assert not hasattr(model, "backout") and hasattr(random_model(layers="s="), "backout")
     has = {name: [hasattr(block, name) for block in model.blocks] for name in ("qkv", "out", "value_table", "skip")}
     assert has["qkv"] == has["out"] == [True, True, False, True, True, True]
     assert has["value_table"] == [False, True, False, False, True, False]
@@ -143,7 +153,8 @@ def test_a_token_changes_no_hidden_state_before_it_and_some_after():
 
 
 @pytest.mark.parametrize("layers, reach", [
-    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1)])
+    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1),
+    ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1))])
 def test_a_hidden_state_depends_on_its_own_document_as_far_back_as_the_windows_reach(layers, reach):
     """By gradients, exactly: causality, document borders, windows, and that nothing in reach is missing."""
     model, lengths = random_model(layers=layers), (30, 1, 20, 25)
@@ -245,6 +256,38 @@ def test_initial_loss_is_the_logarithm_of_the_padded_vocabulary(vocab_size, padd
     assert loss.item() / 64 == pytest.approx(math.log(padded), rel=1e-5)
 
 
+def test_a_tied_run_begins_with_embedding_and_head_alike_and_learning_alike():
+    model = gpt.Model(tiny(tied_until=0.5), VOCAB, CPU, torch.float32)
+    model.initialise(0)
+    assert torch.equal(model.embedding, model.head) and model.head.std().item() == pytest.approx(0.005, rel=0.05)
+    head, embedding = (next(group for group in model.param_groups() if list(group.params) == [name])
+                       for name in ("head", "embedding"))
+    assert embedding.tied_to == "head" and not head.tied_to
+    assert dataclasses.replace(embedding, params=head.params, tied_to="") == head
+    untied = gpt.Model(tiny(), VOCAB, CPU, torch.float32)
+    untied.initialise(0)
+    assert not untied.head.any() and not any(group.tied_to for group in untied.param_groups())
+    assert untied.embedding.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_first_values_of_what_is_learned_besides_matrices():
+    model = gpt.Model(tiny(zero_attention=False), VOCAB, CPU, torch.float32)
+    model.initialise(0)
+    assert model.backout.item() == -0.5 and not model.bigram_table.any()
+    for block in model.blocks:
+        assert block.bigram_gate.item() == pytest.approx(0.05) and not block.down.any()
+        if block.attends:
+            assert (block.in_scale.item(), block.out_scale.item()) == (0.5, 1.0)
+            assert block.out.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
+
+
+def test_signs_of_bigrams_are_the_same_in_every_model_and_even():
+    """They are in no checkpoint: the constructor makes them, whatever the seed and the generator's state."""
+    one, other = random_model(seed=1), random_model(seed=2)
+    assert torch.equal(one.signs, other.signs) and "signs" not in one.state_dict()
+    assert set(one.signs.unique().tolist()) == {-1, 1} and abs(one.signs.mean().item()) < 0.01
+
+
 def test_initialisation_depends_on_the_seed_alone_and_passes_the_stream_through():
     models = [gpt.Model(tiny(), VOCAB, CPU, torch.float32) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2)):
@@ -291,6 +334,16 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
             assert_near(x, y, 1e-3)
         graphs.append(counter.frame_count)
     assert graphs[0] >= 3 and set(graphs) == {graphs[0]}, graphs
+
+
+def test_layers_of_one_kind_share_a_graph_also_where_they_read_the_held_stream(monkeypatch):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    model = random_model(layers="s s= svh svh").float()
+    model.compile()
+    model(random_tokens(90), random_tokens(90, seed=1), borders(90), model.stage_inputs(0)).backward()
+    assert counter.frame_count == 3  # s, svh, the loss
 
 
 # The stage table
@@ -365,9 +418,11 @@ def speedrun() -> gpt.Model:
 def test_num_params_of_the_speedrun(speedrun):
     table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
     matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
-    scalars = 11 * 3 + 1 + 1 + 12  # of the stream, the skip, the smear and its gate
-    assert speedrun.num_params() == {"total": matrices + 7 * table + gates + scalars,  # embedding, head, 5 value tables
-                                     "matmul": matrices + table + gates, "tables": 6 * table}
+    scalars = 11 * 4 + 10 * 2 + 3 + 12  # of the stream, of attention, skip, backout and smear, and the smear's gate
+    bigrams = 377_280 * 768
+    assert speedrun.num_params() == {  # embedding, head, 5 value tables
+        "total": matrices + 7 * table + bigrams + gates + scalars,
+        "matmul": matrices + table + gates, "tables": 6 * table + bigrams}
 
 
 @pytest.mark.parametrize("context", [1, 500, 768, 1000, 5000])
@@ -390,7 +445,8 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 
 
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
-                                    "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-"])
+                                    "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
+                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
@@ -419,11 +475,13 @@ def test_stages_that_predict_different_numbers_of_tokens_are_refused():
 METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
     "qkv": ("muon", 0.023, 0.0276, None), "out": ("muon", 0.023, 0.0276, None), "up": ("muon", 0.023, 0.0276, None),
     "down": ("muon", 0.046, 0.0276, None), "head": ("adam", 0.008, 0.006, (0.5, 0.95)),
-    "embedding": ("adam", 0.3, 0.005, (0.75, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
-    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "smear_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
+    "embedding": ("adam", 0.008, 0.006, (0.5, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
+    "bigram_table": ("adam", 0.6, 0.015, (0.75, 0.95)), "bigram_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
+    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "smear_gate": ("adam", 8e-5, 0.0, (0.9, 0.99)),
     "smear": ("adam", 0.04, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "inject": ("adam", 0.04, 0.0, (0.9, 0.99)),
-    "skip": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "skip": ("adam", 0.04, 0.0, (0.9, 0.99)), "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "in_scale": ("adam", 0.04, 0.0, (0.9, 0.99)), "out_scale": ("adam", 0.04, 0.0, (0.9, 0.99)),
 }
 
 
@@ -441,12 +499,14 @@ def test_every_parameter_learns_in_exactly_one_group_by_its_name(speedrun):
 
 
 def test_groups_follow_the_flags_and_are_never_empty():
-    groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0).param_groups()
+    groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0, bigram_lr=5.0,
+                          smear_gate_lr=6.0, embedding_lr=7.0).param_groups()
     by_name = {name: group for group in groups for name in group.params}
     assert all(group.params for group in groups) and not any("value" in name for name in by_name)
     assert by_name["blocks.0.up"].lr == 1.0 and by_name["blocks.0.down"].lr == 2.0
     assert by_name["blocks.0.out"].weight_decay == 2.0
-    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 4.0
+    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 6.0 and by_name["embedding"].lr == 7.0
+    assert by_name["blocks.0.bigram_gate"].lr == 4.0 and by_name["bigram_table"].lr == 5.0
 
 
 # Flags

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import train_gpt as gpt
+import train_hybrid as hybrid
 
 CPU = torch.device("cpu")
 BATCH = gpt.PRESETS["sample"].stages[0].batch_tokens
@@ -120,9 +121,19 @@ def test_a_schedule_that_cannot_be_is_refused_in_one_line(size, changes, message
     assert "\n" not in str(refusal.value)
 
 
-def test_ranks_that_divide_the_rows_are_accepted():
-    steps = {gpt.Schedule(args(), world(size)).steps for size in (1, 2, 4, 8)}
-    assert len(steps) == 1
+@pytest.mark.parametrize("script, preset", [(gpt, "sample"), (gpt, "speedrun"), (hybrid, "sample"),
+                                            (hybrid, "speedrun")])
+def test_ranks_that_divide_the_rows_are_accepted(script, preset):
+    """1 to 8 GPUs share every batch of a preset, and its longest documents fit into its rows."""
+    flags, steps = script.PRESETS[preset], set()
+    for size in (1, 2, 4, 8):
+        steps.add((schedule := script.Schedule(flags, world(size))).steps)
+        loader = types.SimpleNamespace(row_tokens=flags.row_tokens, micro_batch_tokens=flags.micro_batch_tokens,
+                                       world=world(size))
+        for batch in schedule.batches:
+            micro_batch = script.TrainLoader.micro_batch_rows(loader, batch) * flags.row_tokens
+            assert batch % (size * micro_batch) == 0 and micro_batch <= flags.micro_batch_tokens
+    assert len(steps) == 1 and max(stage.document_tokens for stage in flags.stages) <= flags.row_tokens
 
 
 # Orthogonalisation
@@ -351,6 +362,31 @@ def test_bf16_parameters_keep_fp32_masters(method):
     fp32, bf16 = results
     assert bf16.dtype == torch.bfloat16 and torch.equal(bf16, fp32.bfloat16())
     assert (fp32 - start).abs().max() > 0.02  # 300 times less in each step: below the 0.004 that bf16 can tell near 1
+
+
+# Tied parameters
+
+
+def test_tied_parameters_learn_as_one_matrix_used_twice_and_then_apart():
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(8, 16, generator=generator) for _ in range(13))
+    settings = {"method": "adam", "lr": 0.03, "weight_decay": 0.4, "betas": (0.5, 0.95)}
+    params = {name: nn.Parameter(start.clone()) for name in ("head", "embedding", "one")}
+    optimizer = gpt.Optimizer([gpt.ParamGroup(params={"head": params["head"]}, **settings),
+                               gpt.ParamGroup(params={"embedding": params["embedding"]}, **settings, tied_to="head"),
+                               gpt.ParamGroup(params={"one": params["one"]}, **settings)], world(), False)
+    for step in range(6):
+        tied, (a, b) = step < 4, grads[2 * step:2 * step + 2]
+        params["head"].grad += a
+        params["embedding"].grad += b
+        params["one"].grad += a + b
+        optimizer.step(step, *factors(step), tied=tied)
+        equal = [torch.equal(*(x[name] for name in ("head", "embedding"))) for x in (params, *(
+            {name: bank.state[part] for name, bank in optimizer.banks.items()} for part in ("first", "second")))]
+        assert equal == [step < 5] * 3, step  # apart from the next turn on, in step 5
+        if tied:
+            torch.testing.assert_close(params["head"], params["one"])
+    assert not torch.equal(params["head"], start) and not any(bank.grads.any() for bank in optimizer.banks.values())
 
 
 # Ranks: what one rank does, two do, each with a share of the gradient

@@ -30,7 +30,8 @@ STAGES = [(256, 32, (8, 16), (1.0, 0.5)), (512, 48, (16, 32), (1.0, 0.0)), (512,
           (512, 64, (16, 48), (1.0, 0.0))]
 TINY = ["--preset", "sample", "--row-tokens", "128", "--micro-batch-tokens", "256", "--val-tokens", "2048",
         "--val-row-tokens", "512", "--val-windows", "16", "32", "--val-every", "0", "--model-dim", "32",
-        "--num-heads", "2", "--layers", "sv l> -< lv", "--head-lr", "0.05"]
+        "--num-heads", "2", "--layers", "sv= l> -< lvh", "--head-lr", "0.05", "--bigram-rows", "301",
+        "--tied-until", "0.5", "--attention-scales", "--no-zero-attention"]
 for i, (batch, longest, windows, weights) in enumerate(STAGES):
     TINY += [f"--stages.{i}.batch-tokens", str(batch), f"--stages.{i}.document-tokens", str(longest),
              f"--stages.{i}.windows", *map(str, windows), f"--stages.{i}.loss-weights", *map(str, weights)]
@@ -208,8 +209,8 @@ def read_until(process: subprocess.Popen, *patterns: str):
 
 def test_sample_preset_trains_and_its_log_holds_everything(tmp_path):
     tokenize_text.build_sample()
-    small = ["--model-dim", "48", "--layers", "sv l", "--max-tokens", "6144", "--val-tokens", "4096",
-             "--val-row-tokens", "1024", "--val-every", "2"]
+    small = ["--model-dim", "48", "--layers", "sv= lh", "--max-tokens", "6144", "--val-tokens", "4096",
+             "--val-row-tokens", "1024", "--val-every", "2", "--bigram-rows", "301", "--tied-until", "0.667"]
     for i in range(4):
         small += [f"--stages.{i}.batch-tokens", "2048"]
     data = ["--data", str(SCRIPT.parent / "data" / "sample" / "shards")]
@@ -248,12 +249,14 @@ def plenty(tmp_path_factory, write_folder) -> Path:
 
 def test_run_learns_what_a_bigram_model_cannot(tmp_path, train, plenty):
     bigram = bigram_loss(pattern(3000, 2)[:2049])
-    result = train(tmp_path, "--data", plenty, "--layers", "sv", "--head-lr", "0.1", "--target", "0.5", steps=60).result
+    result = train(tmp_path, "--data", plenty, "--layers", "sv", "--head-lr", "0.1", "--tied-until", "0",
+                   "--target", "0.5", steps=60).result
     assert bigram > 0.9 and result["val_loss"] < 0.4 * bigram and result["reached"]
 
 
 def test_run_does_not_learn_it_without_attention(tmp_path, train, plenty):
-    result = train(tmp_path, "--data", plenty, "--layers", "-", "--head-lr", "0.1", "--target", "0.5", steps=60).result
+    result = train(tmp_path, "--data", plenty, "--layers", "-", "--head-lr", "0.1", "--tied-until", "0",
+                   "--target", "0.5", steps=60).result
     assert 0.9 < result["val_loss"] < 2 and not result["reached"]
 
 
@@ -302,6 +305,17 @@ def test_checkpoint_holds_all_that_a_reader_needs(whole, data):
     assert waiting and len(waiting) < len(state["optimizer"])  # Adam's gradients, and none of Muon's
     model = gpt.Model(gpt.parse_args([*TINY]), 257, torch.device("cpu"), torch.float32)
     model.load_state_dict(state["model"])
+
+
+def test_head_and_embedding_are_one_in_the_tied_part_of_a_run_and_part_after_it(tmp_path, train_until, whole):
+    """Tied until step 10.5 of 21: Adam's update in step 12 is the first that takes each its own gradients."""
+    for last, every in ((11, 10), (13, 12)):
+        train_until(last, folder := tmp_path / str(every), "--save-every", every)
+        state = load(folder, *checkpoints(folder))
+        head, embedding = state["optimizer"]["head"], state["optimizer"]["embedding"]
+        same = [torch.equal(head[part], embedding[part]) for part in ("master", "first", "second")]
+        assert same == [every == 10] * 3 and torch.equal(state["model"]["head"], state["model"]["embedding"]) == same[0]
+    assert Log(tmp_path / "12").train.items() <= Log(whole).train.items()
 
 
 def test_checkpoint_of_the_last_step_can_be_validated_again(tmp_path, train, whole):
@@ -448,12 +462,12 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, flags, train, wh
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, refusal):
-    error = refusal("--scalar-lr", "1e38", "--save-every", "3", code=1)
+    error = refusal("--scalar-lr", "1e38", "--save-every", "2", code=1)
     step, loss = re.search(r"step (\d+): the training loss is (\S+)\.", error).groups()
     assert loss in ("nan", "inf") and "lower" in error and "--muon-lr" in error
-    saved = f"train_gpt_step{(int(step) - 1) // 3 * 3:06d}.pt"
-    assert int(step) > 3 and checkpoints(tmp_path) == [saved] and str(tmp_path / saved) in error
-    assert load(tmp_path, saved)["step"] == (int(step) - 1) // 3 * 3
+    saved = f"train_gpt_step{(int(step) - 1) // 2 * 2:06d}.pt"
+    assert int(step) > 2 and checkpoints(tmp_path) == [saved] and str(tmp_path / saved) in error
+    assert load(tmp_path, saved)["step"] == (int(step) - 1) // 2 * 2
     assert int(step) not in Log(tmp_path).train
 
 
