@@ -145,7 +145,10 @@ if [[ -z $data$preset ]]; then # the scripts' defaults mean FineWeb and a GPU
   fi
   if [[ -n $preset ]]; then set -- "$@" --preset "$preset"; fi
 fi
-if [[ $preset == sample ]]; then have_sample || get_sample; fi
+case $preset in
+  sample) have_sample || get_sample ;;
+  speedrun | short) [[ -n $data ]] || ((gpus == 0)) || have_fineweb || get_fineweb || say "data/fineweb.py failed" ;;
+esac
 
 # --- Launch. With exec, so that signals reach the launched program and its exit status is passed on.
 

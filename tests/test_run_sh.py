@@ -277,12 +277,25 @@ def test_download_that_was_cut_off_is_taken_up_again(fresh):
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-@pytest.mark.parametrize("flags", ["--data mine", "--data=mine", "--preset speedrun", "--preset=speedrun"])
+@pytest.mark.parametrize("flags", ["--data mine", "--data=mine", "--data mine --preset short", "--preset tiny"])
 def test_data_and_preset_of_the_user_are_respected(ready, gpus, flags):
     ready.gpus(gpus)
     calls, messages = ready.run(*flags.split(), "--seed", "1")
     assert calls[-1] == f"python train_gpt.py {flags} --seed 1"
     assert "preset" not in messages and not any("data/" in call for call in calls)
+
+
+@pytest.mark.parametrize("flags", ["--preset short", "--preset=speedrun"])
+def test_presets_on_fineweb_get_it_for_a_gpu(fresh, flags):
+    call = f"python train_gpt.py {flags}"
+    assert fresh.run(*flags.split())[0][-1] == call and "fineweb.py" not in "".join(fresh.run(*flags.split())[0])
+    fresh.gpus(1)
+    assert fresh.run(*flags.split())[0] == ["python data/fineweb.py", call]
+    calls, messages = fresh.run(*flags.split(), FAIL="data/fineweb.py*")
+    assert calls == ["python data/fineweb.py", call] and "data/fineweb.py failed" in messages  # the script says the rest
+    fresh.shards()
+    (fresh.root / ".run.download").unlink()
+    assert fresh.run(*flags.split())[0] == [call]
 
 
 @pytest.mark.parametrize("flags", ["--preset sample", "--preset=sample"])
