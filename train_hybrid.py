@@ -905,7 +905,7 @@ def short_convolution_reference(x, weight, position, cu_seqlens, chunks):
 # Programs walk along the tokens of a few channels, and keep in registers what a token shares with the next ones: every
 # number is read once. Memory bounds them if enough loads are under way, so GROUP tokens are loaded before the first is
 # worked on. A weight has four taps at the most; those that it lacks are zero.
-FORWARD_TILE = {"ROWS": 64, "GROUP": 8, "COLUMNS": 128, "num_warps": 1}  # ROWS a multiple of GROUP, four or more
+FORWARD_TILE = {"ROWS": 64, "GROUP": 8, "COLUMNS": 256, "num_warps": 2}  # ROWS a multiple of GROUP, four or more
 BACKWARD_TILE = {"ROWS": 128, "GROUP": 8, "COLUMNS": 128, "num_warps": 1}
 
 if triton:
