@@ -96,7 +96,7 @@ def render(repository, rankings) -> str:
             beats=record.beats, arguments=argument_changes(record, other), same=record.same,
             compared_with=record.compared_with and f"{record.track.key}/{record.compared_with}"))
     for track, log in repository.evidence:
-        entries.append(entry(track.key, log.name.removesuffix(".txt"), [log], lines, track.key, date=log.name[:10]))
+        entries.append(entry(track.key, log.name.split(".")[0], [log], lines, track.key, date=log.name[:10]))
     data = {"tracks": tracks, "entries": entries, "lines": lines.lines, "reference": reference(repository)}
 
     vendor, page = repository.records / "vendor", (repository.records / "page.html").read_text()

@@ -67,7 +67,7 @@ class Repository:
     def evidence(self) -> list[tuple[Track, Log]]:
         """The logs of the unranked tracks."""
         return [(track, read_log(path)) for key, track in self.tracks.items() if not track.ranked
-                for path in sorted((self.records / key).glob("*.txt"))]
+                for path in sorted((self.records / key).glob("*.txt*"))]
 
     def load(self, folder: Path) -> "Record":
         """The record in `folder`, its logs read and checked one by one."""

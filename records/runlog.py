@@ -8,6 +8,7 @@ follows from something else in the log is computed anew and compared, so that an
 
 import hashlib
 import json
+import lzma
 import math
 import re
 from dataclasses import dataclass
@@ -109,9 +110,12 @@ class Log:
 
 
 def read_log(path: Path) -> Log:
-    """Reads the log at `path`. Raises Refused if it is cut off, edited or not of a whole run."""
+    """Reads the log at `path`, .txt or .txt.xz. Raises Refused if it is cut off, edited or not of a whole run."""
     try:
-        return parse(path.name, path.read_bytes().decode())
+        data = path.read_bytes()
+        return parse(path.name, (lzma.decompress(data) if path.suffix == ".xz" else data).decode())
+    except lzma.LZMAError as error:
+        raise Refused(f"{path.name} is no xz file ({error})") from error
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
