@@ -92,7 +92,7 @@ def run_command(flags: type, evaluate: Callable[["LanguageModel", Any], dict[str
             print(json.dumps(report_run(str(path), runs)), flush=True)
         if picture:
             path = args.out / f"{Path(sys.argv[0]).stem}.png"
-            path.write_bytes(picture(runs, args))
+            path.write_bytes(picture(dict(zip(labels(args.checkpoints), runs.values())), args))
             print(f"picture: {path}", file=sys.stderr)
 
 
@@ -114,6 +114,12 @@ def checkpoint_paths(args: Flags) -> tuple[Path, ...]:
     if not args.checkpoints:
         raise InputError("give a checkpoint: train with --checkpoint DIR to have one; --help explains all flags")
     return args.checkpoints
+
+
+def labels(paths: tuple[Path, ...]) -> list[str]:
+    """What tables and pictures call the checkpoints: the files' names, or where these are alike the paths."""
+    stems = [path.stem for path in paths]
+    return [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
 
 
 def limited(count: int, limit: int) -> int:

@@ -26,6 +26,7 @@ from evals.common import (
     Metric,
     Runs,
     checkpoint_paths,
+    labels,
     load,
     one_line_errors,
     report_run,
@@ -156,11 +157,9 @@ def main() -> None:
     with one_line_errors():
         args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
         paths, tasks = checkpoint_paths(args), plan(args)
-        stems = [path.stem for path in paths]
         results: dict[str, Runs] = {task: {} for task in tasks}
         report: dict[str, Any] = {"checkpoints": {}, "tasks": {}, "left_out": {}, "seconds": {}}
-        for path in paths:
-            label = path.stem if stems.count(path.stem) == 1 else str(path)
+        for path, label in zip(paths, labels(paths)):
             lm = load(path, args)
             report["checkpoints"][label] = lm.about
             for task, (evaluate, flags) in tasks.items():
