@@ -4,10 +4,12 @@
 
 Builds the script's run, takes one micro-batch of its last stage, and measures the layers, the head with the loss, and
 the optimiser apart; on a GPU also what kinds of kernel they spend it on, against the time that the matrix products and
-the attention would take at 800 TFLOP/s, and the kernels that take longest. On a CPU only the parts. One process.
+the attention would take at 800 TFLOP/s, and the kernels that take longest. On a CPU only the parts. Over several GPUs
+(`torchrun --standalone --nproc-per-node 4 tests/bench_step.py ...`) also the communication that nothing hides.
 """
 
 import importlib.util
+import os
 import re
 import statistics
 import sys
@@ -15,11 +17,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 PEAK = 800e12  # FLOP/s that large bf16 matrix products reach on an H100
 KINDS = {  # of kernel, by its name; the first that matches
+    "communication": r"nccl",
     "attention": r"flash|fmha|attention",
     "short convolution": r"short_convolution|causal_conv1d",
     "recurrence": r"^(?!triton_).*(chunk_|recurrent|delta_rule|simple_gla|wy_repr|recompute_w_u|solve_tri|merge_16x16|"
@@ -49,6 +54,19 @@ def milliseconds(function, gpu: bool, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
+def milliseconds_alone(function, gpu: bool, repeats: int) -> float:
+    """The same without what the ranks send each other: its results are wrong, and take the same time."""
+    names, done = ("reduce_scatter_tensor", "all_gather_into_tensor"), SimpleNamespace(wait=lambda: None)
+    real = {name: getattr(dist, name) for name in names}
+    try:
+        for name in names:
+            setattr(dist, name, lambda *_, **__: done)
+        return milliseconds(function, gpu, repeats)
+    finally:
+        for name in names:
+            setattr(dist, name, real[name])
+
+
 def kernels(function) -> Counter:
     """Milliseconds on the GPU of each kernel, by name, in one call of function()."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -73,6 +91,8 @@ def main(script: str, flags: list[str], repeats: int = 5):
     args = module.parse_args(flags)
     args.out = tempfile.mkdtemp()  # for the log of a run that never starts
     run = module.Run(args, module.World())
+    if run.world.rank:
+        sys.stdout = open(os.devnull, "w")  # all ranks take part, and the first one tells
     if args.compile:
         run.warm_up()
     index, model, gpu = len(args.stages) - 1, run.model, run.world.gpu
@@ -101,7 +121,11 @@ def main(script: str, flags: list[str], repeats: int = 5):
     spent["layers and embedding"] -= spent["head and loss"]
     spent["data, if nothing hid it"] = milliseconds(
         lambda: run.loader.next(row.batch_tokens, row.document_tokens), gpu, repeats)
-    print(f"{script}: a step of {count} x {tokens} tokens, stage {index + 1}, attention {run.attention}")
+    if run.world.size > 1:
+        alone = milliseconds_alone(optimiser, gpu, repeats)
+        spent["communication not hidden"] = max(0.0, spent["optimiser"] - alone / 2)
+    print(f"{script}: a step of {count} x {tokens} tokens on each of {run.world.size}, stage {index + 1}, attention "
+          f"{run.attention}")
     print(f"{'part':26}{'ms':>9}{'bound':>9}")
     if not gpu:
         for part, ms in spent.items():
@@ -128,3 +152,5 @@ def main(script: str, flags: list[str], repeats: int = 5):
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -576,10 +576,14 @@ def test_compiled_run_is_the_eager_run_and_compiles_nothing_after_its_warm_up(tm
 # The bench of a step ------------------------------------------------------------------------------------------------
 
 
-def test_bench_of_a_step_measures_every_part(flags, tmp_path):
-    bench = subprocess.run([sys.executable, SCRIPT.parent / "tests" / "bench_step.py", SCRIPT, *flags(tmp_path)],
-                           capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bench_of_a_step_measures_every_part(ranks, flags, tmp_path):
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    bench = subprocess.run(
+        [sys.executable, *several, SCRIPT.parent / "tests" / "bench_step.py", SCRIPT, *flags(tmp_path)],
+        capture_output=True, text=True, timeout=120)
     assert bench.returncode == 0, bench.stderr
     times = dict(re.findall(r"^(\S.*?) {2,}(\d+\.\d)$", bench.stdout, re.M))
-    assert list(times) == ["layers and embedding", "head and loss", "optimiser", "data, if nothing hid it"]
+    assert list(times) == ["layers and embedding", "head and loss", "optimiser", "data, if nothing hid it",
+                           *["communication not hidden"][:ranks - 1]]
     assert float(times["layers and embedding"]) > 0 and float(times["head and loss"]) > 0
