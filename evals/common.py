@@ -152,8 +152,10 @@ def known_sources(repository: Path = REPOSITORY) -> set[str]:
     """SHA-256 of the scripts in a repository: at its root, in variants/ and records/, and in the logs of records."""
     scripts = itertools.chain(*map(repository.glob, ("train_*.py", "variants/**/*.py", "records/**/*.py")))
     sources = [path.read_bytes() for path in scripts]
-    for path in repository.glob("records/**/*.txt"):  # a log begins with the source, and a line of = ends it
-        source, border, _ = path.read_bytes().partition(b"\n" + b"=" * 100 + b"\n")
+    logs = [path.read_bytes() for path in repository.glob("records/**/*.txt")]
+    logs += [lzma.decompress(path.read_bytes()) for path in repository.glob("records/**/*.txt.xz")]
+    for log in logs:  # a log begins with the source, and a line of = ends it
+        source, border, _ = log.partition(b"\n" + b"=" * 100 + b"\n")
         sources += [source + b"\n"] if border else []
     return {hashlib.sha256(source).hexdigest() for source in sources}
 

@@ -4,6 +4,7 @@ records/<track>/<date>_<name>/ and rebuilds the leaderboard.
     python records/add.py logs/*_train_gpt_*.txt --name LongerWindows --by "Your Name" --readme "What and why"
 """
 
+import lzma
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from runlog import FILE_NAME, Log, Refused, read_log
 @dataclass
 class Args:
     """Check the logs of all seeds of one script and append them as a record."""
-    logs: tyro.conf.Positional[tuple[Path, ...]]  # one log per seed, all seeds that were run
+    logs: tyro.conf.Positional[tuple[Path, ...]]  # one log per seed, all seeds that were run; .txt or .txt.xz
     name: str  # of the record, a word: it names the folder
     by: str  # whose record it is
     track: str | None = None  # of tracks.toml; by default the one that has the logs' dataset
@@ -43,7 +44,7 @@ def choose_track(repository: Repository, key: str | None, logs: list[Log]) -> Tr
 
 def add(repository: Repository, args: Args) -> Record:
     """Checks and writes a record. Raises Refused, and then leaves nothing behind."""
-    if len(set(args.logs)) < len(args.logs) or not args.logs:
+    if len({path.name.removesuffix(".xz") for path in args.logs}) < len(args.logs) or not args.logs:
         raise Refused("a log is given twice" if args.logs else "give the logs of all seeds")
     logs = sorted(map(read_log, args.logs), key=lambda log: log.seed)
     script = logs[0].result["script"]
@@ -81,14 +82,14 @@ def add(repository: Repository, args: Args) -> Record:
 
 
 def write(folder: Path, content: dict[str, bytes]):
-    """Writes a folder under a temporary name and renames it, so that it is there whole or not at all."""
+    """Writes a folder, .xz files compressed, under a temporary name and renames it: it is there whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for name, data in content.items():
             with open(partial / name, "wb") as file:
-                file.write(data)
+                file.write(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME) if name.endswith(".xz") else data)
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(partial, folder)

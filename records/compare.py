@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from runlog import Log, Refused, read_log
+from runlog import Log, Refused, logs_in, read_log
 from significance import difference, ratio
 
 
@@ -26,7 +26,7 @@ class Args:
 
 def read_set(where: str) -> list[Log]:
     """The logs of a folder, a file or a pattern: at least two, which do not differ but in the seed."""
-    paths = sorted(Path(where).glob("*.txt")) if Path(where).is_dir() else sorted(map(Path, glob.glob(where)))
+    paths = logs_in(Path(where)) if Path(where).is_dir() else sorted(map(Path, glob.glob(where)))
     logs = [read_log(path) for path in paths]
     if len(logs) < 2:
         raise Refused(f"{where}: {len(logs)} logs; the noise between seeds takes two at the least")

@@ -10,11 +10,11 @@ import functools
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from runlog import FILE_NAME, Log, Refused, read_log, sections
+from runlog import FILE_NAME, Log, Refused, logs_in, read_log, sections
 from significance import p_value
 
 try:
@@ -67,7 +67,7 @@ class Repository:
     def evidence(self) -> list[tuple[Track, Log]]:
         """The logs of the unranked tracks."""
         return [(track, read_log(path)) for key, track in self.tracks.items() if not track.ranked
-                for path in sorted((self.records / key).glob("*.txt*"))]
+                for path in logs_in(self.records / key)]
 
     def load(self, folder: Path) -> "Record":
         """The record in `folder`, its logs read and checked one by one."""
@@ -105,7 +105,10 @@ class Record:
     compared_with: str | None
     beats: str | None
     same: list[str]
-    logs: list[Log]
+    logs: list[Log]  # under the names that they have in the record
+
+    def __post_init__(self):
+        self.logs = [replace(log, name=f"{log.name.removesuffix('.xz')}.xz") for log in self.logs]
 
     @property
     def source(self) -> str:
@@ -255,7 +258,10 @@ def argument_changes(record: Record, other: Record | None) -> dict[str, list]:
 
 
 def files(record: Record, other: Record | None, same: dict[str, str]) -> dict[str, bytes]:
-    """{name: content} of a record's folder. `other`: the record of `compared_with`; `same`: see same_changes."""
+    """{name: content} of a record's folder, logs not yet compressed.
+
+    `other`: the record of `compared_with`; `same`: see same_changes.
+    """
     change = ""
     if other:
         change = unified(other.source, record.source, *(f"{r.folder}/{r.script}" for r in (other, record)))

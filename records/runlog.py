@@ -29,7 +29,7 @@ NEEDED = {"script", "source_sha256", "python", "torch", "cuda", "triton", "numpy
           "peak_memory_mib"}
 # lines that may stand anywhere among the steps
 UNCLAIMED = re.compile(r"checkpoint:.+|epoch:\d+ begins, all \d+ training tokens have been read")
-FILE_NAME = re.compile(r"(\d{4}-\d\d-\d\d)T\d\d-\d\d-\d\dZ_\w+_[0-9a-f]{8}\.txt")
+FILE_NAME = re.compile(r"(\d{4}-\d\d-\d\d)T\d\d-\d\d-\d\dZ_\w+_[0-9a-f]{8}\.txt(\.xz)?")
 BANNER = re.compile(r"^# -{20,}\n# (.+)\n# -{20,}\n", re.M)
 
 
@@ -109,13 +109,32 @@ class Log:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
+def logs_in(folder: Path) -> list[Path]:
+    """The files in a folder that are named like logs, compressed or not."""
+    return sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".txt.xz")))
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, an .xz file decompressed. Raises Refused unless that is one whole xz stream, nothing after."""
+    data = path.read_bytes()
+    if path.suffix != ".xz":
+        return data
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)  # lzma.decompress takes several streams, and garbage after them
+    try:
+        data = stream.decompress(data)
+    except lzma.LZMAError as error:
+        raise Refused(f"{path.name} is damaged or no xz file ({error})") from error
+    if not stream.eof:
+        raise Refused(f"{path.name} is cut off: its xz stream has no end")
+    if stream.unused_data:
+        raise Refused(f"{path.name} has {len(stream.unused_data)} bytes after the end of its xz stream")
+    return data
+
+
 def read_log(path: Path) -> Log:
     """Reads the log at `path`, .txt or .txt.xz. Raises Refused if it is cut off, edited or not of a whole run."""
     try:
-        data = path.read_bytes()
-        return parse(path.name, (lzma.decompress(data) if path.suffix == ".xz" else data).decode())
-    except lzma.LZMAError as error:
-        raise Refused(f"{path.name} is no xz file ({error})") from error
+        return parse(path.name, read_bytes(path).decode())
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ import tyro
 
 import leaderboard
 from record import Record, Repository, check_names, check_runs, files
-from runlog import Refused, sections
+from runlog import Refused, read_bytes, sections
 
 
 @dataclass
@@ -40,7 +40,7 @@ def verify(repository: Repository, record: Record):
         raise Refused(f"it beats {record.beats}, and was compared with {record.compared_with}")
     check_runs(record.track, record.logs, others)
 
-    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    there = {path.name: read_bytes(path) for path in folder.iterdir()}  # logs decompressed: versions of xz differ
     same = read_same_diff(there["same.diff"].decode(), record.source) if "same.diff" in there else {}
     if record.same != list(same):
         raise Refused(f"record.json has {record.same} as [same] sections that changed, and same.diff {list(same)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 import math
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def test_sources_of_records_are_known(tmp_path):
     (tmp_path / "records" / "a" / "log.txt").write_text("print(1)\n" + "=" * 100 + "\n{}\n")
     (tmp_path / "records" / "a" / "train_x.py").write_text("print(2)\n")
     (tmp_path / "records" / "a" / "notes.txt").write_text("print(3)\n")
-    digests = {common.hashlib.sha256(f"print({i})\n".encode()).hexdigest() for i in (1, 2)}
+    (tmp_path / "records" / "a" / "b.txt.xz").write_bytes(lzma.compress(b"print(4)\n" + b"=" * 100 + b"\n{}\n"))
+    digests = {common.hashlib.sha256(f"print({i})\n".encode()).hexdigest() for i in (1, 2, 4)}
     assert common.known_sources(tmp_path) == digests
 
 

@@ -1,6 +1,8 @@
 """Tests of records/: reading logs, adding, verifying and comparing. Only the last ones read what has landed."""
 
+import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -20,7 +22,7 @@ import runlog
 import significance
 import verify as verify_program
 from data import tokenize_text
-from fabricate import LINE, ROOT, SOURCE, Site, log_text, seal, sub
+from fabricate import LINE, ROOT, SOURCE, Site, compressed, log_text, seal, sub
 from record import Repository
 from runlog import Refused
 
@@ -170,6 +172,33 @@ def test_files_that_are_no_logs(tmp_path):
         runlog.read_log(tmp_path)
 
 
+PACKED = lzma.compress(TEXT.encode())
+DAMAGE = {  # name: (bytes of an .xz file, what the refusal says)
+    "trailing byte": (PACKED + b"x", "has 1 bytes after the end of its xz stream"),
+    "padding": (PACKED + bytes(4), "has 4 bytes after the end"),
+    "second stream": (PACKED * 2, f"has {len(PACKED)} bytes after the end"),
+    "truncated": (PACKED[:-1], "is cut off: its xz stream has no end"),
+    "half": (PACKED[:len(PACKED) // 2], "is cut off"),
+    "empty": (b"", "is cut off"),
+    "flipped bit": (PACKED[:999] + bytes([PACKED[999] ^ 1]) + PACKED[1000:], "is damaged or no xz file"),
+    "not compressed": (TEXT.encode(), "is damaged or no xz file"),
+    "older format": (lzma.compress(TEXT.encode(), lzma.FORMAT_ALONE), "is damaged or no xz file"),
+    "edited text": (lzma.compress(TEXT.replace("whale", "snail").encode()), "edited after the run"),
+    "not UTF-8": (lzma.compress(b"\xff"), "is no log .not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_compressed_logs_are_read_strictly(tmp_path, damage):
+    data, reason = DAMAGE[damage]
+    path = tmp_path / "log.txt.xz"
+    path.write_bytes(PACKED)
+    assert runlog.read_log(path).text == TEXT
+    path.write_bytes(data)
+    with pytest.raises(Refused, match=f"^log.txt.xz.* {reason}"):
+        runlog.read_log(path)
+
+
 BYTES, LINES = TEXT.encode(), TEXT.split("\n")
 
 
@@ -239,15 +268,17 @@ def test_add_writes_a_whole_record_and_rebuilds_the_leaderboard(site, capsys):
     assert capsys.readouterr().out.startswith("records/sample/2026-11-01_First: 1")
     folder = site.records / "sample" / "2026-11-01_First"
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "record.json", "train_gpt.py", "change.diff", *(path.name for path in paths)}
+        "README.md", "record.json", "train_gpt.py", "change.diff", *(f"{path.name}.xz" for path in paths)}
     assert (folder / "train_gpt.py").read_text() == SOURCE and (folder / "change.diff").read_text() == ""
-    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in paths)
+    assert all(runlog.read_bytes(folder / f"{path.name}.xz") == path.read_bytes() for path in paths)
 
     about, logs = json.loads((folder / "record.json").read_text()), [runlog.read_log(path) for path in paths]
     assert about["loss_mean"] == pytest.approx(sum(log.loss for log in logs) / 3, abs=1e-6)
     p = stats.ttest_1samp([log.loss for log in logs], 1.8, alternative="less").pvalue
     assert about["p"] == pytest.approx(p, rel=0.01)
     assert [run["seed"] for run in about["runs"]] == [0, 1, 2] and about["compared_with"] is None
+    assert [(run["log"], run["sha256"]) for run in about["runs"]] == [
+        (f"{path.name}.xz", hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
     text = (folder / "README.md").read_text()
     for words in ("# First", "Because.", f"{about['seconds_mean']:.3f} s", f"{about['loss_mean']:.4f}",
                   "attention reference, not compiled", "by Somebody, 2026-11-01", "Nothing to compare with",
@@ -258,6 +289,16 @@ def test_add_writes_a_whole_record_and_rebuilds_the_leaderboard(site, capsys):
         assert f"[First]({base}sample/2026-11-01_First)" in text
         assert text.startswith("Above.") and text.endswith("Below.\n")
     assert leaderboard.stale(site.repository) == []
+
+
+def test_logs_land_the_same_compressed_or_not(site, tmp_path_factory):
+    other = Site(tmp_path_factory.mktemp("other"))
+    paths = other.logs()
+    record = other.add([compressed(paths[0]), paths[1], compressed(paths[2])])
+    assert site.add(site.logs()).summary == record.summary and site.files() == other.files()
+    assert all(f'"sample/{record.folder}/{log.name}"' in (site.records / "index.html").read_text()
+               and f"[{log.name}]({log.name})" in (site.records / "sample" / record.folder / "README.md").read_text()
+               for log in record.logs)
 
 
 def test_add_orders_the_logs_by_seed(site):
@@ -430,6 +471,15 @@ def test_refused_files(site):
     paths = site.logs()
     with pytest.raises(Refused, match="a log is given twice"):
         site.add([*paths, paths[0]])
+    twin = paths[0].with_name(f"{paths[0].name}.xz")
+    twin.write_bytes(lzma.compress(paths[0].read_bytes()))
+    with pytest.raises(Refused, match="a log is given twice"):
+        site.add([*paths, twin])
+    twin.write_bytes(twin.read_bytes() + b"x")
+    before = site.files()
+    with pytest.raises(Refused, match="has 1 bytes after the end of its xz stream"):
+        site.add([twin, *paths[1:]])
+    assert site.files() == before
     (site.root / "other.py").write_text(SOURCE + "#")
     with pytest.raises(Refused, match="--script .*other.py is not the source in"):
         site.add(paths, script=site.root / "other.py")
@@ -529,12 +579,33 @@ def test_verify_passes_what_add_wrote(landed, capsys):
     assert one == "sample/2026-11-01_First: 3 runs, " + one.split(", ")[1] + ", good\n"
 
 
-@pytest.mark.parametrize("name", ["README.md", "record.json", "train_gpt.py", "change.diff", "2026-11-02*.txt"])
+@pytest.mark.parametrize("name", ["README.md", "record.json", "train_gpt.py", "change.diff", "2026-11-02*.txt.xz"])
 @pytest.mark.parametrize("edit", ["append", "remove"])
 def test_verify_finds_an_edited_file(landed, capsys, name, edit):
     path = next((landed.records / "sample" / "2026-11-02_Second").glob(name))
-    path.unlink() if edit == "remove" else path.write_text(path.read_text() + " ")
+    path.unlink() if edit == "remove" else path.write_bytes(path.read_bytes() + b" ")
     assert "verify.py: sample/2026-11-02_Second: " in verdict(landed, capsys)
+
+
+def test_verify_reads_logs_by_their_text(landed, capsys):
+    """However they were compressed, but compressed, whole, and with nothing else in the file."""
+    path = next((landed.records / "sample" / "2026-11-02_Second").glob("*.txt.xz"))
+    text, about = runlog.read_bytes(path), path.with_name("record.json")
+    path.write_bytes(lzma.compress(text, preset=0))
+    verdict(landed, capsys, code=0)
+    for data, reason in ((lzma.compress(text) + b"x", "has 1 bytes after the end of its xz stream"),
+                         (lzma.compress(text) * 2, "bytes after the end of its xz stream"),
+                         (lzma.compress(text)[:-9], "is cut off: its xz stream has no end"),
+                         (lzma.compress(text.replace(b"whale", b"snail")), "edited after the run"),
+                         (lzma.compress(seal(text.decode().replace("whale", "snail")).encode()), "not what the logs"),
+                         (text, "is damaged or no xz file")):
+        path.write_bytes(data)
+        error = verdict(landed, capsys)
+        assert re.search(f"^verify.py: sample/2026-11-02_Second: .*{reason}", error) and len(error.splitlines()) < 3
+    path.unlink()
+    path.with_suffix("").write_bytes(text)
+    about.write_text(about.read_text().replace(path.name, path.stem))
+    assert f"{path.stem} is no file of a record" in verdict(landed, capsys)
 
 
 @pytest.mark.parametrize("entry, value, reason", [
@@ -563,10 +634,21 @@ def test_verify_finds_what_is_wrong_around_a_record(landed, capsys):
     page.write_text(page.read_text() + " ")
     assert "verify.py: records/index.html is stale: run python records/leaderboard.py" in verdict(landed, capsys)
     leaderboard.write(leaderboard.generate(landed.repository))
-    (log,) = (landed.records / "evidence").glob("*.txt")
+    (log,) = runlog.logs_in(landed.records / "evidence")
     log.write_text(log.read_text().replace("step:7/", "step:8/"))
     assert "expected 'step:7/26" in verdict(landed, capsys)
     assert "is in no ranked track" in verdict(landed, capsys, landed.records / "evidence")
+
+
+def test_evidence_may_be_compressed(landed, capsys):
+    (log,) = runlog.logs_in(landed.records / "evidence")
+    log = compressed(log)
+    assert "verify.py: records/index.html is stale" in verdict(landed, capsys)  # the page links to the file
+    leaderboard.write(leaderboard.generate(landed.repository))
+    assert f"evidence/{log.name}: one run" in verdict(landed, capsys, code=0)
+    assert f'"evidence/{log.name}"' in (landed.records / "index.html").read_text()
+    log.write_bytes(log.read_bytes() + b"x")
+    assert verdict(landed, capsys) == f"verify.py: {log.name} has 1 bytes after the end of its xz stream\n"
 
 
 def test_rules_hold_for_what_has_landed(landed, capsys):
@@ -624,6 +706,18 @@ def test_compare_takes_patterns_and_other_hardware_and_budgets(tmp_path, capsys)
     text = capsys.readouterr().out
     assert "time: not compared, A ran on 1 x x86_64 CPU, 1 thread and B on 1 x arm64 CPU" in text
     assert "loss at 5,120 tokens" in text
+
+
+def test_compare_reads_compressed_logs(tmp_path, capsys):
+    a, b = sets(tmp_path, {}, {"loss": 1.65})
+    compare.main([a, b])
+    plain = capsys.readouterr().out
+    for path in [*runlog.logs_in(tmp_path / "a"), tmp_path / "b" / "1.txt"]:
+        compressed(path)
+    (tmp_path / "b" / "README.md").touch()
+    for words in ([a, b], [f"{a}/*.txt.xz", f"{b}/*.txt*"]):
+        compare.main(words)
+        assert capsys.readouterr().out == plain
 
 
 @pytest.mark.parametrize("b, reason", [
