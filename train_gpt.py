@@ -510,7 +510,7 @@ def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
                 max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
                 window_size_right=0)
 
-@torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())  # a process may import two scripts
+@torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())  # named by script: a test imports two
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor]:
     return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
