@@ -20,7 +20,6 @@ import time
 process_start = time.perf_counter()
 
 import bisect
-import dataclasses
 import gc
 import hashlib
 import importlib
@@ -32,16 +31,13 @@ import re
 import signal
 import subprocess
 import sys
-import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches of changing size fragment less
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take 7 s to compile: once
-
 gc.disable()  # until the clock starts: imports and tracing make objects that stay (0.5 s off the imports)
 
 import numpy as np
@@ -81,8 +77,7 @@ class World:
     def mark(self) -> torch.cuda.Event | None:
         """On a GPU, the moment at which all work given to it so far is done."""
         if self.gpu:
-            (event := torch.cuda.Event(enable_timing=True)).record()
-            return event
+            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     def barrier(self):
         if self.gpu:
@@ -131,8 +126,7 @@ class Dataset:
         except (ValueError, TypeError) as error:
             raise UserError(f"{described} is damaged ({error}): mend it, or make the dataset again") from error
         self.tokens = {path: shard_tokens(path) for path in self.train + self.val}
-        # names, sizes, heads and tails of all shards: cheap, and enough to tell whether two runs had the same data
-        digest = hashlib.sha256()
+        digest = hashlib.sha256()  # of names, sizes, heads and tails: enough to tell whether two runs had the same data
         for path, tokens in self.tokens.items():
             shard = np.memmap(path, np.uint16, "r")
             digest.update(f"{path.name} {tokens}\n".encode() + shard[:1 << 15].tobytes() + shard[-1 << 15:].tobytes())
@@ -141,50 +135,23 @@ class Dataset:
     def read(self, path: Path) -> np.ndarray:
         """The tokens of one shard, uint16 (tokens,)."""
         tokens = np.fromfile(path, dtype=np.uint16, offset=1024)
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path} has token {tokens.max()}, outside its vocabulary of {self.vocab_size}: "
-                            "make it again, or correct vocab_size in dataset.json")
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise UserError(f"{path} has token {tokens.max()}: make it again, or correct vocab_size in dataset.json")
         return tokens
-
-class TokenStream:
-    """All training shards end to end, epoch after epoch: one endless sequence. The next shard is read in a thread."""
-    def __init__(self, dataset: Dataset):
-        self.dataset, self.thread, self.loaded = dataset, ThreadPoolExecutor(1), {}
-        self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train])
-        self.epoch_tokens = int(self.ends[-1])
-        if not self.epoch_tokens:
-            raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
-
-    def read(self, position: int, count: int) -> np.ndarray:
-        """Tokens [position, position + count) of the stream, uint16."""
-        parts = []
-        while count:
-            offset = position % self.epoch_tokens
-            index = int(np.searchsorted(self.ends, offset, side="right"))
-            wanted = (index, (index + 1) % len(self.ends))
-            self.loaded = {i: self.loaded.get(i) or self.thread.submit(self.dataset.read, self.dataset.train[i])
-                           for i in wanted}
-            shard = self.loaded[index].result()
-            parts.append(shard[offset - int(self.ends[index]) + len(shard):][:count])
-            position, count = position + len(parts[-1]), count - len(parts[-1])
-        return np.concatenate(parts)
 
 def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
     """Cuts the head of `tokens` into `rows` rows of pieces (start, length), each from one document. One longer than
-    `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new piece, and every
-    token is used once; with "drop" the rest of it is dropped, and every piece begins a document.
-    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
-    starts = np.flatnonzero(tokens == separator).tolist()
+    `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new piece, with "drop"
+    the rest of it is dropped. Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
+    starts = [*np.flatnonzero(tokens == separator).tolist(), len(tokens)]
     table, position = [], 0
     for _ in range(rows):
         pieces, room = [], row_tokens
         while room:
-            following = bisect.bisect_right(starts, position)
-            end = starts[following] if following < len(starts) else len(tokens)
+            end = starts[bisect.bisect_right(starts, position)]
             length = min(end - position, longest, room)
-            # the token after a piece is its last target; to drop a tail, its end must be in sight
-            if position + length >= len(tokens) or (tails == "drop" and following == len(starts)):
-                return None
+            if position + length == len(tokens) or (tails == "drop" and end == len(tokens)):
+                return None  # the token after a piece is its last target; to drop a tail, its end must be in sight
             pieces.append((position, length))
             position = end if tails == "drop" else position + length
             room -= length
@@ -194,26 +161,43 @@ def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, lon
 def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Lays pieces of `tokens` end to end: (tokens (T,), targets (T,), cu_seqlens (pieces + 1, padded) int32)."""
     where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
-    borders = np.cumsum([0] + [length for _, length in pieces])
+    borders = np.cumsum([0] + [length for _, length in pieces], dtype=np.int32)
     borders = np.pad(borders, (0, -len(borders) % 64), mode="edge")  # empty documents; few allocations of odd sizes
-    arrays = [torch.from_numpy(array) for array in (tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64),
-                                                    borders.astype(np.int32))]
+    arrays = tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64), borders
+    tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
-        arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
-    return tuple(arrays)
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return tuple(tensors)
 
 class TrainLoader:
-    """Batches of packed documents: the same token stream for every number of ranks. A step's batch is rows of
-    `row_tokens`. Rank r takes the r-th part of them, and packs as many rows into one micro-batch as
-    `micro_batch_tokens` allows. `position` is the place in the stream, and all there is to restore."""
+    """Batches of packed documents, the same for every number of ranks, from one endless stream: all training shards,
+    epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
+    micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
-        self.stream, self.world, self.separator = TokenStream(dataset), world, dataset.separator
+        self.dataset, self.world, self.thread, self.loaded = dataset, world, ThreadPoolExecutor(1), {}
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
         self.position = self.pieces = 0
+        self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train]).tolist()
+        self.epoch_tokens = self.ends[-1]
+        if not self.epoch_tokens:
+            raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
 
     @property
     def epoch(self) -> int:
-        return self.position // self.stream.epoch_tokens + 1
+        return self.position // self.epoch_tokens + 1
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """Tokens [position, position + count) of the stream, uint16. The next shard is read in a thread."""
+        parts = []
+        while count:
+            offset = position % self.epoch_tokens
+            index = bisect.bisect_right(self.ends, offset)
+            self.loaded = {i: self.loaded.get(i) or self.thread.submit(self.dataset.read, self.dataset.train[i])
+                           for i in (index, (index + 1) % len(self.ends))}
+            shard = self.loaded[index].result()
+            parts.append(shard[offset - self.ends[index]:][:count])
+            position, count = position + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
     def micro_batch_rows(self, batch_tokens: int) -> int:
         """The most rows that divide one rank's share of a batch and fit into a micro-batch."""
@@ -223,12 +207,12 @@ class TrainLoader:
 
     def next(self, batch_tokens: int, longest: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """This rank's micro-batches of the next step, each (tokens, targets, cu_seqlens)."""
-        rows, cut, span = batch_tokens // self.row_tokens, None, batch_tokens + 1
+        rows, separator, cut, span = batch_tokens // self.row_tokens, self.dataset.separator, None, batch_tokens + 1
         while cut is None:
-            tokens = self.stream.read(self.position, span)
-            cut = cut_rows(tokens, self.separator, rows, self.row_tokens, longest, self.tails)
-            if cut is None and span > self.stream.epoch_tokens and self.separator not in tokens:
-                raise UserError(f"no document begins with {self.separator}, as --document-tails drop needs: leave it "
+            tokens = self.read(self.position, span)
+            cut = cut_rows(tokens, separator, rows, self.row_tokens, longest, self.tails)
+            if cut is None and span > self.epoch_tokens and separator not in tokens:
+                raise UserError(f"no document begins with {separator}, as --document-tails drop needs: leave it "
                                 "at continue, or correct document_separator in dataset.json")
             span = span * 3 // 2
         table, consumed = cut
@@ -244,12 +228,9 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
     if not 0 < row_tokens <= tokens < available or tokens % row_tokens:
         raise UserError(f"--val-tokens {tokens} must be a multiple of --val-row-tokens {row_tokens}, and less than the "
                         f"{available} tokens of the validation shards in {dataset.folder}")
-    stream, rows = np.concatenate([dataset.read(path) for path in dataset.val]), []
-    for start in range(world.rank * row_tokens, tokens, world.size * row_tokens):
-        row = stream[start:start + row_tokens + 1]
-        (pieces,), _ = cut_rows(row, dataset.separator, 1, row_tokens, row_tokens, "continue")
-        rows.append(pack(row, pieces, world.device))
-    return rows
+    stream = np.concatenate([dataset.read(path) for path in dataset.val])[:tokens + 1]
+    rows, _ = cut_rows(stream, dataset.separator, tokens // row_tokens, row_tokens, row_tokens, "continue")
+    return [pack(stream, pieces, world.device) for pieces in rows[world.rank::world.size]]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer [same]
@@ -287,8 +268,7 @@ def polar_express(x: Tensor) -> Tensor:
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
 
-def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor,
-                   mu: Tensor):
+def normuon_update(weights, momentum, second, grad, lr, decay, mu):
     """NorMuon (arXiv 2510.05491): orthogonalised Nesterov momentum, every neuron's update of about the same size. In
     place. weights, momentum, grad (n, rows, cols); second (n, rows, 1) or (n, 1, cols); lr (n, 1, 1); rest 0-D."""
     grad = grad.float()
@@ -301,8 +281,7 @@ def normuon_update(weights: Tensor, momentum: Tensor, second: Tensor, grad: Tens
     update = update * scale
     weights.sub_(lr * (update + decay * weights * (update * weights >= 0)))
 
-def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr: Tensor, decay: Tensor, beta1: Tensor,
-                beta2: Tensor, count: Tensor, cautious: bool):
+def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, cautious: bool):
     """AdamW (arXiv 1711.05101): weights, moments and gradient (n,), the rest 0-D. In place."""
     grad = grad.float()
     first.lerp_(grad, 1 - beta1)
@@ -313,12 +292,12 @@ def adam_update(weights: Tensor, first: Tensor, second: Tensor, grad: Tensor, lr
 class Bank:
     """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part. They become
     views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32 (`master`) with the
-    optimiser's moments (`state`): a step is reduce_scatter, update, all_gather."""
-    def __init__(self, world: World, params: dict[str, nn.Parameter], align: int, unit: int):
-        """`align`: elements to which a parameter's place is rounded up; `unit`: the least that a rank can own."""
+    optimiser's moments (`state`): a step, one in `every`, is reduce_scatter, update, all_gather."""
+    def __init__(self, world: World, params: dict[str, nn.Parameter], unit: int, every: int):
+        """`unit`: elements to which the place of a parameter and the part of a rank are rounded up."""
         some = next(iter(params.values()))
-        self.starts = np.cumsum([0] + [math.ceil(p.numel() / align) * align for p in params.values()]).tolist()
-        self.world, self.used, self.pending, self.state = world, self.starts[-1], None, {}
+        self.starts = np.cumsum([0] + [math.ceil(p.numel() / unit) * unit for p in params.values()]).tolist()
+        self.world, self.every, self.used, self.pending, self.state = world, every, self.starts[-1], None, {}
         self.part = math.ceil(self.used / (unit * world.size)) * unit
         self.weights = torch.zeros(self.part * world.size, dtype=some.dtype, device=some.device)
         self.grads = torch.zeros_like(self.weights)
@@ -372,7 +351,7 @@ class MuonBank(Bank):
     """A bank of equal matrices (n, rows, cols). A rank owns whole ones, because Muon needs them whole."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         rows, cols = next(iter(params.values())).shape[-2:]
-        super().__init__(world, params, align=1, unit=rows * cols)
+        super().__init__(world, params, unit=rows * cols, every=1)
         n, device = self.part // (rows * cols), self.weights.device
         self.state = {"momentum": torch.zeros(n, rows, cols, device=device),
                       "second": torch.zeros((n, rows, 1) if rows >= cols else (n, 1, cols), device=device)}
@@ -382,7 +361,6 @@ class MuonBank(Bank):
             lr[place] = groups[name].lr * math.sqrt(max(1, rows / cols))  # tall ones move their output less
             decay[place] = groups[name].weight_decay
         self.lr, self.decay = (x.chunk(world.size)[world.rank].to(device) for x in (lr, decay))
-        self.every = 1
         self.function = torch.compile(normuon_update, dynamic=False, fullgraph=True) if compile else normuon_update
 
     def update(self, count: int, lr: float, momentum: float):
@@ -392,10 +370,10 @@ class MuonBank(Bank):
 
 class AdamBank(Bank):
     """A bank of anything else, cut without regard to shapes, because Adam works element by element."""
-    def __init__(self, world: World, group: ParamGroup, params: dict[str, nn.Parameter], compile: bool):
-        super().__init__(world, params, align=128, unit=128)  # kernels want aligned inputs
+    def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
+        self.group = groups[next(iter(params))]
+        super().__init__(world, params, unit=128, every=self.group.every)  # kernels want aligned inputs
         self.state = {name: torch.zeros_like(self.master) for name in ("first", "second")}
-        self.group, self.every = group, group.every
         compile = compile and self.part > 2**20  # a graph for gates and scalars does not pay for its compilation
         self.function = torch.compile(adam_update, dynamic=True, fullgraph=True) if compile else adam_update
 
@@ -409,11 +387,9 @@ class Optimizer:
         stacks, group_of = {}, {name: group for group in groups for name in group.params}
         for i, group in enumerate(groups):
             for name, param in group.params.items():
-                key = ("muon", param.shape[-2:]) if group.method == "muon" else (i, param.dtype)
+                key = (MuonBank, param.shape[-2:]) if group.method == "muon" else (AdamBank, i, param.dtype)
                 stacks.setdefault(key, {})[name] = param
-        self.banks = {
-            " ".join(params): MuonBank(world, group_of, params, compile) if key[0] == "muon"
-            else AdamBank(world, groups[key[0]], params, compile) for key, params in stacks.items()}
+        self.banks = {" ".join(params): kind(world, group_of, params, compile) for (kind, *_), params in stacks.items()}
         self.pairs = [(self.banks[" ".join(g.params)], self.banks[g.tied_to]) for g in groups if g.tied_to]
 
     def step(self, step: int, lr: float, momentum: float, tied: bool = False):
@@ -534,8 +510,7 @@ def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
                 max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
                 window_size_right=0)
 
-# A test may import two scripts into one process, and an op's name can be registered but once.
-@torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())
+@torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())  # named by script: a test imports two
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor]:
     return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
@@ -546,21 +521,17 @@ def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
     mask = attention_mask(cu_seqlens, max_seqlen, window, scale)
     return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, mask))
 
-attention_op.register_fake(
-    lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)))
+attention_op.register_fake(lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float)))
 attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 attention_op.register_autograd(
     lambda ctx, dout, dlse: (*attention_backward_op(dout, *ctx.saved_tensors), None, None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor | int,
-                     window: Tensor | int, scale: Tensor | float) -> Tensor:
-    """Causal attention inside each of the documents packed into one row.
-
-    q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv). cu_seqlens (documents + 1,) int32: the documents' borders, from 0 to T.
-    max_seqlen: a bound on their length. A query sees `window` keys, the last of them its own. scale: of the scores.
-    As 0-D CPU tensors the last three are no part of a compiled graph, and one graph serves a whole run.
-    """
+def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
+    """Causal attention inside each of the documents packed into one row: q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv).
+    cu_seqlens (documents + 1,) int32: the documents' borders, from 0 to T. max_seqlen: a bound on their length. A query
+    sees `window` keys, the last of them its own. scale: of the scores. The last three are numbers; as 0-D CPU tensors
+    they are no part of a compiled graph, and one graph serves a whole run."""
     max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
     return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
 
@@ -569,8 +540,7 @@ try:
     import triton.language as tl
 except ImportError:  # torch without CUDA: the loss as Model.loss has it
     triton = None
-
-if triton:
+else:
     @triton.jit
     def softcap_loss_kernel(logits, targets, weights, losses, VOCAB: tl.constexpr, AHEAD: tl.constexpr,
                             BLOCK: tl.constexpr):
@@ -607,8 +577,7 @@ def softcap_loss_op(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -
     softcap_loss_kernel[len(x),](logits, targets, weights, losses, len(head), targets.size(1), BLOCK=2048, num_warps=4)
     return losses.sum(), logits
 
-softcap_loss_op.register_fake(
-    lambda x, head, *_: (x.new_empty((), dtype=torch.float32), x.new_empty(len(x), len(head))))
+softcap_loss_op.register_fake(lambda x, head, *_: (x.new_empty((), dtype=torch.float), x.new_empty(len(x), len(head))))
 
 def softcap_loss_backward(ctx, dloss, _):
     x, head, grad = ctx.saved_tensors
@@ -654,13 +623,7 @@ def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
     return scale, frequencies.float()
 
 class Block(nn.Module):
-    """One layer. The letters of its word in --layers say what it has:
-
-    s, l  attention with the short, the long window     >  the stream after it is kept ...
-    -     no attention                                  <  ... and added to the stream here
-    v     a value embedding                             =  the stream after it is held, and in part taken off at the end
-    h     attention reads the held stream
-    """
+    """One layer, of the kind that the letters of its word say; the flag --layers explains them."""
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
         self.args, dim, self.keeps, self.takes, self.holds = args, args.model_dim, ">" in word, "<" in word, "=" in word
@@ -725,6 +688,7 @@ class Model(nn.Module):
             if "=" in args.layers:
                 self.backout = nn.Parameter(torch.empty(()))
             self.blocks = nn.ModuleList(Block(word, args, self.vocab_size, dtype) for word in words)
+        self.windows = [args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
 
     @torch.no_grad()
     def initialise(self, seed: int):
@@ -789,13 +753,11 @@ class Model(nn.Module):
         for ahead, weight in enumerate(weights.unbind(1)):
             chosen = chosen + weight * torch.where(columns == targets[:, ahead, None], logits, 0.0).sum(1)
             weight_sum = weight_sum + weight
-        # exponentials of logits below 23 add up safely: there is no maximum to take off first
-        return (weight_sum * logits.exp().sum(1).log() - chosen).sum()
+        return (weight_sum * logits.exp().sum(1).log() - chosen).sum()  # logits below 23: no maximum to take off first
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
-        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the loss summed over tokens, 0-D fp32. A token also
-        predicts the tokens after its target as far as they are of its document, with the stage's loss weights:
-        multi-token prediction (arXiv 2404.19737) with one head for all."""
+        """tokens, targets (T,), cu_seqlens (documents + 1,) -> the summed loss, 0-D fp32. A token also predicts those
+        after its target, if of its document, by the stage's loss weights: multi-token prediction (arXiv 2404.19737)."""
         x, position = self.hidden(tokens, cu_seqlens, stage)
         ahead = range(len(stage.loss_weights))
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
@@ -826,7 +788,7 @@ class Model(nn.Module):
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
         embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
         if args.tied_until:
-            embedding = dataclasses.replace(head, params=embedding.params, tied_to="head")
+            embedding = replace(head, params=embedding.params, tied_to="head")
         scalars = like("residual", ".inject", ".skip", "smear", "_scale", "backout")
         groups = [
             ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
@@ -847,18 +809,14 @@ class Model(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, "matmul": sum(sizes.values()) - tables, "tables": tables}
 
-    def windows(self) -> list[int]:
-        """The window of each layer that attends, in the last stage."""
-        return [self.args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
-
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token in documents of `context` tokens: 6 a matrix weight, 12 a key seen and channel."""
-        seen = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in (min(w, context) for w in self.windows()))
+        seen = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in (min(w, context) for w in self.windows))
         return 6 * self.num_params()["matmul"] + 12 * self.args.model_dim * seen
 
     def cache_bytes(self, context: int) -> int:
         """Bytes of keys and values, in bf16, that decoding keeps after `context` tokens."""
-        return sum(4 * self.args.model_dim * min(window, context) for window in self.windows())
+        return sum(4 * self.args.model_dim * min(window, context) for window in self.windows)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -888,7 +846,7 @@ class Hyperparameters:
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
     attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
-    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
+    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
     out: str = "logs"  # folder for the run's log
     checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
     save_every: int = 0  # steps between checkpoints (0: only at the end)
@@ -942,8 +900,7 @@ PRESETS = {
     "speedrun": Hyperparameters(),
     "short": Hyperparameters(  # half the batch, twice the steps: loss -0.41 at 20M tokens (H100, one run)
         preset="short", max_tokens=100_000_000, val_every=250, stages=tuple(
-            dataclasses.replace(stage, batch_tokens=stage.batch_tokens // 2, lr=0.7 * stage.lr)
-            for stage in Hyperparameters.stages)),
+            replace(row, batch_tokens=row.batch_tokens // 2, lr=0.7 * row.lr) for row in Hyperparameters.stages)),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
@@ -973,10 +930,9 @@ class Schedule:
             raise UserError("rows, batches, micro-batches and chunks need one token at the least")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
-        for batch in self.batches:
-            if batch % (args.row_tokens * world.size):
-                raise UserError(f"{world.size} ranks cannot share a batch of {batch} tokens in rows of "
-                                f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
+        if any(batch % (args.row_tokens * world.size) for batch in self.batches):
+            raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
+                            f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
         self.steps = int(args.max_tokens / (parts @ self.batches))
         if self.steps < 1:
             raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")
@@ -1007,6 +963,7 @@ class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
     def __init__(self, args: "Hyperparameters", world: World):
         self.args, self.world = args, world
+        self.flags = json.loads(json.dumps(asdict(args)))  # as JSON knows them
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
         self.attention = choose_attention(args.attention, world.device)
         self.loader = TrainLoader(self.data, world, args.row_tokens, args.micro_batch_tokens, args.document_tails)
@@ -1015,22 +972,21 @@ class Run:
         self.model = Model(args, self.data.vocab_size, world.device, world.dtype)
         groups = self.model.param_groups()
         if args.optimizer == "adamw":
-            groups = [dataclasses.replace(
-                group, method="adam", lr=args.adamw_lr, betas=(0.9, 0.95), every=1, cautious=False,
-                weight_decay=args.adamw_weight_decay if group.method == "muon" else 0.0) for group in groups]
+            decay = {"muon": args.adamw_weight_decay, "adam": 0.0}
+            groups = [replace(group, method="adam", lr=args.adamw_lr, betas=(0.9, 0.95), every=1, cautious=False,
+                              weight_decay=decay[group.method]) for group in groups]
         self.model.initialise(args.seed)
         self.optimizer = Optimizer(groups, world, args.compile)
-        self.step, self.seconds, self.started, self.val_loss = 0, 0.0, None, math.nan
+        self.step, self.seconds, self.val_loss = 0, 0.0, math.nan
         self.unread, self.last_report, self.saved, self.file = None, 0.0, None, None
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
         if world.rank == 0:
-            stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+            name = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{SCRIPT.stem}_{os.urandom(4).hex()}.txt"
             try:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
+                self.file = open(Path(args.out) / name, "w", buffering=1, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
-            self.file = open(Path(args.out) / f"{stamp}_{SCRIPT.stem}_{uuid.uuid4().hex[:8]}.txt", "w", buffering=1,
-                             encoding="utf-8")
         self.digest = hashlib.sha256()  # of all that the log says
 
     def log(self, text: str, console: bool = True):
@@ -1059,12 +1015,11 @@ class Run:
             bank.reset()
 
     def validate(self) -> float:
-        """Mean cross-entropy of the next token over the validation set, nats. The training graphs serve: no_grad
-        would have them all compiled once more."""
+        """Mean cross-entropy of the next token over the validation set, nats."""
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.val_rows:
-            total += self.model(*batch, stage).detach()
+            total += self.model(*batch, stage).detach()  # under no_grad all graphs would be compiled once more
         return self.world.sum(total).item() / self.args.val_tokens
 
     def train_step(self):
@@ -1095,10 +1050,9 @@ class Run:
         if arrived:
             arrived.synchronize()  # not the whole stream, where the next step is already under way
         loss, stop = report.tolist()
-        if not math.isfinite(loss):
-            self.diverged("training", loss, step)
+        self.check_finite("training", loss, step)
         self.stop |= stop > 0
-        now = self.seconds + self.began.elapsed_time(arrived) / 1000 if arrived else self.clock()
+        now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
         done = self.schedule.tokens_until(step)
         seconds, self.last_report = now - self.last_report, now
         utilisation = self.utilisation(batch_tokens / seconds)
@@ -1107,10 +1061,10 @@ class Run:
                  f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
                  f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
 
-    def diverged(self, kind: str, loss: float, step: int):
-        kept = self.saved or self.args.resume
-        raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Last checkpoint: {kept}. Try lower learning "
-                                 "rates (--muon-lr, --head-lr, --embedding-lr, --value-lr)")
+    def check_finite(self, kind: str, loss: float, step: int):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Try lower learning rates, as --muon-lr. "
+                                     f"Last checkpoint: {self.saved or self.args.resume}")
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
@@ -1119,24 +1073,20 @@ class Run:
         context = round(self.schedule.tokens_until(self.step) / max(1, self.loader.pieces))
         return peak and self.model.flops_per_token(context) * tokens_per_second / (peak * self.world.size)
 
-    def clock(self) -> float:
-        """Seconds of training: steps and their waits for data; no compilation, validation or checkpoint."""
-        return self.seconds + (0.0 if self.started is None else time.perf_counter() - self.started)
-
     def start_clock(self):
         self.world.barrier()
-        self.began, self.started = self.world.mark(), time.perf_counter()
+        self.began, self.start = self.world.mark(), time.perf_counter()
 
     def stop_clock(self):
         self.read_report()
         self.world.barrier()
-        self.seconds, self.started = self.clock(), None
+        self.seconds += time.perf_counter() - self.start  # of steps and their waits for data, and nothing else
 
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
         previous, self.saved = self.saved, Path(self.args.checkpoint or self.args.out) / f"{name}.pt"
         state = {
-            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": plain(self.args), "step": self.step,
+            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": self.flags, "step": self.step,
             "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
             "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
             "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
@@ -1155,7 +1105,7 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             its = {"script": state["script"], "shards": state["dataset"]["fingerprint"], **state["args"]}
-            mine = {"script": SCRIPT.name, "shards": self.data.fingerprint, **plain(self.args)}
+            mine = {"script": SCRIPT.name, "shards": self.data.fingerprint, **self.flags}
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise UserError(f"--resume {path} is no checkpoint of this script ({type(error).__name__})") from error
         other = [f"{flag} is {mine.get(flag)} here and {its.get(flag)} there" for flag in its | mine
@@ -1164,10 +1114,8 @@ class Run:
             raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
         return state
 
-    @torch.no_grad()
     def restore(self, state: dict):
-        for name, param in self.model.named_parameters():
-            param.copy_(state["model"][name])
+        self.model.load_state_dict(state["model"])
         for name, bank in self.optimizer.banks.items():
             bank.load_state_dict(state["optimizer"][name])
         torch.set_rng_state(state["rng"])
@@ -1209,7 +1157,7 @@ class Run:
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
             "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
             "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
-            "args": plain(self.args),
+            "args": self.flags,
         }
 
     def train(self):
@@ -1224,7 +1172,7 @@ class Run:
             self.restore(self.resumed)
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
-        self.loader.stream.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
+        self.loader.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
         self.last_report, epoch = self.seconds, self.loader.epoch
         gc.freeze()
         gc.enable()
@@ -1234,8 +1182,7 @@ class Run:
             if self.step == steps or (args.val_every and self.step and self.step % args.val_every == 0):
                 self.stop_clock()
                 self.val_loss = self.validate()
-                if not math.isfinite(self.val_loss):
-                    self.diverged("validation", self.val_loss, self.step)
+                self.check_finite("validation", self.val_loss, self.step)
                 self.log(f"step:{self.step}/{steps} val_loss:{self.val_loss:.4f} train_time:{self.seconds:.3f}s")
                 if self.step == steps:
                     break
@@ -1243,7 +1190,7 @@ class Run:
             self.train_step()
             if self.loader.epoch > epoch:
                 epoch = self.loader.epoch
-                self.log(f"epoch:{epoch} begins, all {self.loader.stream.epoch_tokens} training tokens have been read")
+                self.log(f"epoch:{epoch} begins, all {self.loader.epoch_tokens} training tokens have been read")
             save = args.checkpoint and args.save_every and self.step % args.save_every == 0
             if self.stop or (save and self.step < steps):
                 self.stop_clock()
@@ -1265,10 +1212,6 @@ class Run:
             "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
         self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
         self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
-
-def plain(args: "Hyperparameters") -> dict:
-    """The hyperparameters as JSON knows them."""
-    return json.loads(json.dumps(dataclasses.asdict(args)))
 
 def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     """Flags to hyperparameters: --preset picks the defaults, the other flags change one each."""

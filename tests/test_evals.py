@@ -79,12 +79,17 @@ def lm(request):
     return language_model(request.param)
 
 
+def plain(args) -> dict:
+    """Hyperparameters as a checkpoint has them."""
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """As Run.save writes it, less what an evaluation does not need."""
     args, path = tiny_args(), tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     weights = {name: param.detach() for name, param in random_model(args, 257).named_parameters()}
-    torch.save({"script": "train_gpt.py", "source": Path(gpt.__file__).read_text(), "args": gpt.plain(args),
+    torch.save({"script": "train_gpt.py", "source": Path(gpt.__file__).read_text(), "args": plain(args),
                 "step": 146, "dataset": BYTES | {"fingerprint": "0"}, "model": weights}, path)
     return path
 
@@ -150,7 +155,7 @@ def test_every_script_is_evaluated_through_the_contract(script, tmp_path):
     model = module.Model(args, 257, CPU, torch.float32)
     model.initialise(0)
     weights = {name: param.detach() + 0.02 * torch.randn(param.shape) for name, param in model.named_parameters()}
-    torch.save({"script": script.name, "source": script.read_text(), "args": module.plain(args), "step": 10**6,
+    torch.save({"script": script.name, "source": script.read_text(), "args": plain(args), "step": 10**6,
                 "dataset": BYTES, "model": weights}, tmp_path / "small.pt")
     lm = common.load(tmp_path / "small.pt", flags())
     sequences, starts = lm.encode_pairs([*zip(words(4, 6), words(4, 7)), ("", "x")])

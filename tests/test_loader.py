@@ -231,7 +231,7 @@ def test_every_shard_is_read_once_per_epoch():
     while train.epoch < 4:
         train.next(20, 10)
     train.next(20, 10)
-    train.stream.thread.shutdown(wait=True)
+    train.thread.shutdown(wait=True)
     assert [index for index, _ in dataset.reads] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
 
 
