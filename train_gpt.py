@@ -12,8 +12,8 @@ in one row, and cu_seqlens says where each begins.
 In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
 norm(x - e y) + 5) / 7.5); for two thirds of the run W_head is the token embedding. Norms are gainless RMSNorm; W_down
 starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is that of the public GPT speedrun
-(github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines. Last result, before half
-batches, x2, tying and y: 3.4311 after 100M tokens of Wikipedia in 189.4 s on one H100 (one run; not yet on FineWeb).
+(github.com/KellerJordan/modded-nanogpt, record 89), less what does not pay for its lines. Last result: 3.2203 after
+100M tokens of Wikipedia in 190.7 s on one H100 (--preset short, one run; not yet measured on FineWeb).
 """
 import time
 
@@ -623,7 +623,13 @@ def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
     return scale, frequencies.float()
 
 class Block(nn.Module):
-    """One layer, of the kind that the letters of its word say; the flag --layers explains them."""
+    """One layer. The letters of its word in --layers say what it has:
+
+    s, l  attention with the short, the long window     >  the stream after it is kept ...
+    -     no attention                                  <  ... and added to the stream here
+    v     a value embedding                             =  the stream after it is held, and in part taken off at the end
+    h     attention reads the held stream
+    """
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
         self.args, dim, self.keeps, self.takes, self.holds = args, args.model_dim, ">" in word, "<" in word, "=" in word

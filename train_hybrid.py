@@ -14,7 +14,7 @@ One block, the l-th, for T packed tokens of model_dim D with H heads of D/H (cu_
 Dragon (github.com/jgcb00/nanoGPT) is the above, and --preset dragon is its recipe. The speedrun adds what train_gpt.py
 has: value embeddings, x0 and hashed bigrams into every layer, smear, scalars on the residual stream, a head tied to the
 embedding for two thirds of the run, capped logits, prediction of several tokens, NorMuon. Each ingredient is a flag.
-Not yet measured on a GPU.
+Last result: 3.2845 after 100M tokens of Wikipedia in 245.0 s on one H100 (--preset short; train_gpt.py has 3.2203).
 """
 import time
 
