@@ -683,6 +683,8 @@ class Model(nn.Module):
                             "one with = and later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
+        if args.bigram_rows < 0 or args.bigram_rows == 1:
+            raise UserError(f"--bigram-rows {args.bigram_rows} must be 2 or more, or 0 for none")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         with torch.device(device):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))

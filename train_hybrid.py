@@ -1226,6 +1226,8 @@ class Model(nn.Module):
         if args.kv_heads < 1 or args.num_heads % args.kv_heads or args.diff_heads * args.kv_heads % args.num_heads:
             raise UserError(f"--kv-heads {args.kv_heads} must divide --num-heads {args.num_heads}, and its share of "
                             f"--diff-heads {args.diff_heads} must be a whole number")
+        if args.bigram_rows < 0 or args.bigram_rows == 1:
+            raise UserError(f"--bigram-rows {args.bigram_rows} must be 2 or more, or 0 for none")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         used = {"gdn": ["gated delta rule"], "mamba2": ["state space"], "none": []}[args.recurrent]
         self.kernels = {kind: choose_recurrence(kind, args.recurrent_kernel, device, width // 2 // args.recurrent_heads)

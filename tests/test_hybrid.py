@@ -461,7 +461,7 @@ def test_wrong_layers_are_refused_in_one_line(layers):
     ({"num_heads": 8, "kv_heads": 8}, "num-heads"), ({"diff_heads": 4}, "diff-heads"),
     ({"recurrent_heads": 4}, "recurrent-heads"), ({"kv_heads": 0}, "kv-heads"), ({"kv_heads": 3}, "kv-heads"),
     ({"num_heads": 4, "kv_heads": 1}, "kv-heads"), ({"recurrent_kernel": "fla"}, "fla"),
-    ({"recurrent_kernel": "mamba-ssm"}, "mamba-ssm"),
+    ({"recurrent_kernel": "mamba-ssm"}, "mamba-ssm"), ({"bigram_rows": 1}, "bigram-rows"),
 ])
 def test_wrong_sizes_and_kernels_are_refused_in_one_line(changes, flag):
     with pytest.raises(hybrid.UserError, match=flag) as refusal:

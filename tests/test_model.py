@@ -461,6 +461,12 @@ def test_wrong_widths_are_refused_in_one_line(dim, heads):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("rows", [1, -3])
+def test_bigram_tables_that_no_pair_fits_are_refused(rows):
+    with pytest.raises(gpt.UserError, match=f"--bigram-rows {rows} must"):
+        gpt.Model(tiny(bigram_rows=rows), VOCAB, CPU, torch.float32)
+
+
 def test_stages_that_predict_different_numbers_of_tokens_are_refused():
     """Otherwise the longer row's last weights would silently be dropped."""
     stages = (stage(loss_weights=(1.0, 0.5, 0.25)), *[stage(loss_weights=(1.0,))] * 3)
