@@ -574,7 +574,7 @@ else:
 
 @torch.library.custom_op(f"{SCRIPT.stem}::softcap_loss", mutates_args=())
 def softcap_loss_op(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Model.loss, behind its norm, and its gradient by the logits. The logits are stored once and read twice: 33.0 ms
+    """Model.loss, behind its norm, and its gradient by the logits. The logits are stored once and read twice: 28.6 ms
     forward and backward at 65,536 tokens, where the compiled Model.loss takes 37.4 (H100)."""
     logits, losses = F.linear(x, head), torch.empty(len(x), device=x.device)
     softcap_loss_kernel[len(x),](logits, targets, weights, losses, len(head), targets.size(1), BLOCK=2048, num_warps=4)
@@ -873,7 +873,8 @@ def short_convolution_reference(x, weight, position, cu_seqlens, chunks):
 
 # Programs walk along the tokens of a few channels, and keep in registers what a token shares with the next ones: every
 # number is read once. Memory bounds them if enough loads are under way, so GROUP tokens are loaded before the first is
-# worked on. A weight has four taps at the most; those that it lacks are zero.
+# worked on. A weight has four taps at the most; those that it lacks are zero. 65,536 x 768 in bf16 on an H100: 0.085 ms
+# forward and 0.154 backward, fla-core 0.192 and 0.723.
 FORWARD_TILE = {"ROWS": 64, "GROUP": 8, "COLUMNS": 256, "num_warps": 2}  # ROWS a multiple of GROUP, four or more
 BACKWARD_TILE = {"ROWS": 128, "GROUP": 8, "COLUMNS": 128, "num_warps": 1}
 
@@ -1515,7 +1516,7 @@ def dragon_stage(steps: float, window: int, lr: float) -> Stage:
 
 PRESETS = {
     "speedrun": Hyperparameters(),
-    "short": Hyperparameters(  # half the batch, twice the steps: loss -0.41 at 20M tokens (H100, one run)
+    "short": Hyperparameters(  # half the batch, twice the steps, as in train_gpt.py; its gain was measured there
         preset="short", max_tokens=100_000_000, val_every=250, stages=tuple(
             replace(row, batch_tokens=row.batch_tokens // 2, lr=0.7 * row.lr) for row in Hyperparameters.stages)),
     "sample": Hyperparameters(
@@ -1532,7 +1533,7 @@ PRESETS = {
             dragon_stage(0.4, 4736, 1.0)),
         document_tails="continue", val_windows=(1024, 4736), cooldown=(0.85, 1.0), lr_floor=0.0,
         layers=default_layers(20), model_dim=1280, expand=2, num_heads=20, kv_heads=10, diff_heads=10,
-        recurrent_heads=20, extras=False, bigram_rows=0, tied_until=0.0, val_every=125, init_std=0.006),
+        recurrent_heads=20, extras=False, bigram_rows=0, tied_until=0.0, init_std=0.006),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
