@@ -1331,12 +1331,8 @@ class Model(nn.Module):
         """Weighted cross-entropy of x (T, D) for its targets (T, ahead) by weights (T, ahead), summed, 0-D fp32."""
         if triton and x.is_cuda and self.args.extras:
             return softcap_loss_op(norm(x), self.head, targets, weights)[0]
-        logits, columns, chosen, weight_sum = self.logits(x), torch.arange(self.vocab_size, device=x.device), 0.0, 0.0
-        for ahead, weight in enumerate(weights.unbind(1)):
-            chosen = chosen + weight * torch.where(columns == targets[:, ahead, None], logits, 0.0).sum(1)
-            weight_sum = weight_sum + weight
-        total = logits.exp().sum(1).log() if self.args.extras else logits.logsumexp(1)  # below 23 without a maximum
-        return (weight_sum * total - chosen).sum()
+        logits, pairs = self.logits(x), zip(targets.unbind(1), weights.unbind(1))
+        return sum(weight @ F.cross_entropy(logits, target, reduction="none") for target, weight in pairs)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
         """tokens, targets (T,), cu_seqlens (documents + 1,) -> the summed loss, 0-D fp32. A token also predicts those
