@@ -606,6 +606,11 @@ def norm(x: Tensor) -> Tensor:
     """RMSNorm without gain over the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
 
+def scaled(scalar: Tensor, x: Tensor) -> Tensor:
+    """`scalar` times x (T, D), not rounded yet: fp32. As a column (T, 1), the scalar gets a gradient by sums of rows,
+    in the same kernel as the norm's: <GAIN:fuse_adds>."""
+    return scalar.expand(len(x), 1) * x
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of half of each head, (T, H, D) by cos and sin (T, 1, D / 4)."""
     a, b, rest = x.split([x.size(-1) // 4, x.size(-1) // 4, x.size(-1) // 2], dim=-1)
@@ -630,9 +635,10 @@ class Block(nn.Module):
     v     a value embedding                             =  the stream after it is held, and in part taken off at the end
     h     attention reads the held stream
     """
-    def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
+    def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype, ends: bool):
         super().__init__()
-        self.args, dim, self.keeps, self.takes, self.holds = args, args.model_dim, ">" in word, "<" in word, "=" in word
+        self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
+        self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
         self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
@@ -647,6 +653,8 @@ class Block(nn.Module):
             self.value_gate = nn.Parameter(torch.empty(args.num_heads, 12))
         if self.takes:
             self.skip = nn.Parameter(torch.empty(()))
+        if ends:
+            self.backout = nn.Parameter(torch.empty(()))
 
     def attention(self, x, tokens, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
         qkv, out = self.qkv.flatten(0, 1), self.out
@@ -662,14 +670,16 @@ class Block(nn.Module):
 
     def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
-        x = self.residual * x + self.inject * x0
+        x = scaled(self.residual, x) + scaled(self.inject, x0)
         if bigram is not None:
-            x = x + self.bigram_gate * bigram
+            x = x + scaled(self.bigram_gate, bigram)
         if self.takes:
-            x = x + torch.sigmoid(self.skip) * kept
+            x = x + scaled(torch.sigmoid(self.skip), kept)
+        x = x.to(x0.dtype)
         if self.attends:
             x = x + self.attention(norm(held if self.late else x), *inputs)
-        return self.mlp_residual * x + F.linear(norm(x), self.up).relu().square() @ self.down
+        x = scaled(self.mlp_residual, x) + F.linear(norm(x), self.up).relu().square() @ self.down
+        return (x + scaled(self.backout, held) if self.ends else x).to(x0.dtype)
 
 class Model(nn.Module):
     """A decoder with a layer for each word of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
@@ -678,9 +688,9 @@ class Model(nn.Module):
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
         if not words or not all(re.fullmatch("([sl]v?h?|-)[<>=]?", word) for word in words) or (
-                skip not in ("", "><") or not re.fullmatch("(=h*)?", late)):
+                skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
             raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <, '
-                            "one with = and later ones with h")
+                            "one before the last with = and later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         if args.bigram_rows < 0 or args.bigram_rows == 1:
@@ -693,9 +703,9 @@ class Model(nn.Module):
                 self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim, dtype=dtype))
                 bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
                 self.register_buffer("signs", (2 * bits - 1).to(device, dtype), persistent=False)
-            if "=" in args.layers:
-                self.backout = nn.Parameter(torch.empty(()))
-            self.blocks = nn.ModuleList(Block(word, args, self.vocab_size, dtype) for word in words)
+            self.blocks = nn.ModuleList(
+                Block(word, args, self.vocab_size, dtype, i == len(words) and "=" in args.layers)
+                for i, word in enumerate(words, 1))
         self.windows = [args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
 
     @torch.no_grad()
@@ -716,38 +726,42 @@ class Model(nn.Module):
 
     def compile(self):
         """Compiles parts: blocks of one kind share a graph, which on an H100 starts in 73.5 s, not 96.8 s as the whole,
-        and runs 4% faster. embed() stays as it is: compiled, it made a warm start 3 s longer and no step shorter."""
+        and runs 4% faster. Lookups stay out: the compiled gradient of a table is slower (<GAIN:compile_embed>)."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
+        self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
 
-    def embed(self, tokens: Tensor, cu_seqlens: Tensor, frequencies: Tensor):
-        """(x0 (T, D), cos and sin of the rotary embedding (T, 1, head_dim / 4), position in the document (T,))"""
-        index = torch.arange(len(tokens), device=tokens.device)
-        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
-        angle, x = position[:, None, None] * frequencies, F.embedding(tokens, self.embedding)
-        # smear: a gated look at the token before, if it is of the same document
-        gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
-        return norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0)), angle.cos(), angle.sin(), position
-
-    def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D): a learned row for each token with the one before it in its document. Pairs share rows by a hash, with
-        signs by another hash, so that those which share a row can still be told apart."""
+    def pairs(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of the bigram table, of its signs), (T,) each, for tokens with the one before in their document. Pairs
+        share rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return F.embedding(row, self.bigram_table) * self.signs[(tokens ^ before) % len(self.signs)]
+        return row, (tokens ^ before) % len(self.signs)
+
+    def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
+        """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
+        # smear: a gated look at the token before, if it is of the same document
+        gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
+        x0 = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))
+        return x0, None if bigram is None else bigram * self.signs[sign]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
-        x0, cos, sin, position = self.embed(tokens, cu_seqlens, stage.frequencies)
-        bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
-        x, kept, held = x0.clone(), None, None  # cloned, as held is: a block given one tensor twice would compile apart
+        index, bigram, sign = torch.arange(len(tokens), device=tokens.device), None, None
+        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
+        angle = position[:, None, None] * stage.frequencies
+        places = angle.cos(), angle.sin(), cu_seqlens, stage.max_seqlen
+        if self.args.bigram_rows:
+            row, sign = self.pairs(tokens, position)
+            bigram = F.embedding(row, self.bigram_table)
+        x0, bigram = self.embed(F.embedding(tokens, self.embedding), bigram, sign, position)
+        x, kept, held = x0.view_as(x0), None, None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.long_window if block.long else stage.short_window
-            x = block(x, x0, bigram, kept if block.takes else None, held if block.late else None, tokens, cos, sin,
-                      cu_seqlens, stage.max_seqlen, window, stage.scale)
-            kept, held = x if block.keeps else kept, x.clone() if block.holds else held
-        return x if held is None else x + self.backout * held, position
+            x = block(x, x0, bigram, kept if block.takes else None, held if block.late or block.ends else None, tokens,
+                      *places, window, stage.scale)
+            kept, held = x if block.keeps else kept, x.view_as(x) if block.holds else held
+        return x, position
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, vocabulary), fp32, between 0 and 23."""

@@ -1061,6 +1061,11 @@ def norm(x: Tensor) -> Tensor:
     """RMSNorm without gain over the last dimension."""
     return F.rms_norm(x, (x.size(-1),))
 
+def scaled(scalar: Tensor, x: Tensor) -> Tensor:
+    """`scalar` times x (T, D), not rounded yet: fp32. As a column (T, 1), the scalar gets a gradient by sums of rows,
+    in the same kernel as the norm's."""
+    return scalar.expand(len(x), 1) * x
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864), (T, H, maps, D) by cos and sin (T, 1, 1, D / 2)."""
     a, b = x.chunk(2, -1)
@@ -1191,9 +1196,10 @@ class Block(nn.Module):
         """x, x0, bigram (T, D), kv the keys and values that an r takes -> (T, D), and the keys and values of an l."""
         args = self.args
         if args.extras:
-            x = self.residual * x + self.inject * x0
+            x = scaled(self.residual, x) + scaled(self.inject, x0)
         if bigram is not None:
-            x = x + self.bigram_gate * bigram
+            x = x + scaled(self.bigram_gate, bigram)
+        x = x.to(x0.dtype)
         h = norm(x) * self.depth_scale
         heard, kv = self.attention(h, kv, packing, max_seqlen, window)
         if args.headwise_norm:
@@ -1210,7 +1216,8 @@ class Block(nn.Module):
                 mixed = (mixed + recalled if args.fusion == "mean" else mixed - recalled) / 2
         x = x + F.linear(mixed, self.out)
         y = F.linear(norm(x) * self.depth_scale, self.up).relu().square() @ self.down
-        return (self.mlp_residual * x if args.extras else x) + y, None if self.spans or self.reuses else kv
+        x = (scaled(self.mlp_residual, x) if args.extras else x) + y
+        return x.to(x0.dtype), None if self.spans or self.reuses else kv
 
 class Model(nn.Module):
     """A decoder with a layer for each letter of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
@@ -1284,38 +1291,40 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=self.args.init_std or 0.005))
 
     def compile(self):
-        """Compiles parts, not the whole: blocks of one kind share a graph. embed() stays as in train_gpt.py."""
+        """Compiles parts, not the whole: blocks of one kind share a graph. Lookups stay out, as in train_gpt.py."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
+        self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
 
-    def embed(self, tokens: Tensor, cu_seqlens: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Packing]:
-        """(x0 (T, D), position in the document (T,), what the layers need)"""
-        index = torch.arange(len(tokens), device=tokens.device)
-        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
-        x = F.embedding(tokens, self.embedding)
+    def pairs(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of the bigram table, of its signs), (T,) each, for tokens with the one before in their document. Pairs
+        share rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
+        before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
+        row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
+        return row, (tokens ^ before) % len(self.signs)
+
+    def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
+        """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
         if self.args.extras:  # smear: a gated look at the token before, if it is of the same document
             gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
             x = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))
-        local, whole = (position[:, None, None, None] * f for f in (self.local_frequencies, self.global_frequencies))
-        log_seen = torch.minimum(position + 1, reach).float().log()[:, None, None, None]
-        return x, position, Packing(tokens, (local.cos(), local.sin()), None if self.args.nope else (
-            whole.cos(), whole.sin()), log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
-
-    def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D): a learned row for each token with the one before it in its document. Pairs share rows by a hash, with
-        signs by another hash, so that those which share a row can still be told apart."""
-        before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
-        row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return F.embedding(row, self.bigram_table) * self.signs[(tokens ^ before) % len(self.signs)]
+        return x, None if bigram is None else bigram * self.signs[sign]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
-        x0, position, packing = self.embed(tokens, cu_seqlens, stage.reach)
-        bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
+        index, bigram, sign = torch.arange(len(tokens), device=tokens.device), None, None
+        position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
+        local, whole = (position[:, None, None, None] * f for f in (self.local_frequencies, self.global_frequencies))
+        log_seen = torch.minimum(position + 1, stage.reach).float().log()[:, None, None, None]
+        packing = Packing(tokens, (local.cos(), local.sin()), None if self.args.nope else (whole.cos(), whole.sin()),
+                          log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
         if self.args.compile:
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
-        x, kv = x0.clone(), None  # not x0 itself: the first block would compile apart from the others of its kind
+        if self.args.bigram_rows:
+            row, sign = self.pairs(tokens, position)
+            bigram = F.embedding(row, self.bigram_table)
+        x0, bigram = self.embed(F.embedding(tokens, self.embedding), bigram, sign, position)
+        x, kv = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
             x, own = block(x, x0, bigram, kv if block.reuses else None, packing, stage.max_seqlen, window)

@@ -118,7 +118,7 @@ def naive_hidden(model, tokens) -> Tensor:
             x = x + naive_attention(block, word, rms(held if "h" in word else x), tokens, heads, scale, frequencies)
         x = block.mlp_residual * x + (rms(x) @ block.up.T).relu() ** 2 @ block.down
         kept, held = x if ">" in word else kept, x if "=" in word else held
-    return x + model.backout * held if "=" in model.args.layers else x
+    return x + block.backout * held if "=" in model.args.layers else x
 
 
 @torch.no_grad()
@@ -131,7 +131,8 @@ def test_each_kind_of_layer_equals_a_naive_model(layers):
 
 def test_value_tables_and_skips_are_where_the_words_say():
     model = random_model(layers="s sv - l> lv s<")
-    assert not hasattr(model, "backout") and hasattr(random_model(layers="s="), "backout")
+    assert not any(hasattr(block, "backout") for block in model.blocks)
+    assert [hasattr(block, "backout") for block in random_model(layers="s= s s").blocks] == [False, False, True]
     has = {name: [hasattr(block, name) for block in model.blocks] for name in ("qkv", "out", "value_table", "skip")}
     assert has["qkv"] == has["out"] == [True, True, False, True, True, True]
     assert has["value_table"] == [False, True, False, False, True, False]
@@ -196,9 +197,10 @@ def test_validation_sees_its_own_windows():
 
 
 def test_scores_depend_on_relative_position_only():
-    model = random_model()
-    _, cos, sin, position = model.embed(random_tokens(100), borders(40, 60), torch.tensor([1.0, 0.3, 0.05, 0.001]))
-    assert position.tolist() == [*range(40), *range(60)]
+    model, seen = random_model(), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    hidden(model, random_tokens(100), 40, 60)
+    cos, sin = seen[6:8]
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator).expand(2, 100, 1, 16)
     scores = gpt.rotate(q, cos, sin)[:, 0] @ gpt.rotate(k, cos, sin)[:, 0].T
@@ -273,7 +275,7 @@ def test_a_tied_run_begins_with_embedding_and_head_alike_and_learning_alike():
 def test_first_values_of_what_is_learned_besides_matrices():
     model = gpt.Model(tiny(zero_attention=False), VOCAB, CPU, torch.float32)
     model.initialise(0)
-    assert model.backout.item() == -0.5 and not model.bigram_table.any()
+    assert model.blocks[-1].backout.item() == -0.5 and not model.bigram_table.any()
     for block in model.blocks:
         assert block.bigram_gate.item() == pytest.approx(0.05) and not block.down.any()
         if block.attends:
@@ -301,6 +303,14 @@ def test_initialisation_depends_on_the_seed_alone_and_passes_the_stream_through(
         assert block.up.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
     x, x0 = hidden(models[0], random_tokens(50), 50), gpt.norm(models[0].embedding[random_tokens(50)])
     assert F.cosine_similarity(x, x0, dim=1).min() > 0.9999
+
+
+def test_terms_of_the_stream_are_rounded_once_and_their_scalars_learn_from_every_element():
+    scalar, (x, dout) = torch.tensor(1.3, requires_grad=True), torch.randn(2, 50, 32).bfloat16()
+    product = gpt.scaled(scalar, x)
+    assert product.dtype == torch.float32 and torch.equal(product, 1.3 * x.float())
+    (grad,) = torch.autograd.grad(product.bfloat16(), scalar, dout)
+    assert grad.item() == pytest.approx((x.double() * dout.double()).sum().item(), rel=1e-5)
 
 
 def test_gradients_reach_every_parameter():
@@ -343,7 +353,7 @@ def test_layers_of_one_kind_share_a_graph_also_where_they_read_the_held_stream(m
     model = random_model(layers="s s= svh svh").float()
     model.compile()
     model(random_tokens(90), random_tokens(90, seed=1), borders(90), model.stage_inputs(0)).backward()
-    assert counter.frame_count == 3  # s, svh, the loss
+    assert counter.frame_count == 5  # the embedding, s, svh, the last svh, the loss
 
 
 # The stage table
@@ -446,7 +456,7 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
                                     "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
-                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<"])
+                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s="])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
