@@ -538,9 +538,14 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch without CUDA: the loss as Model.loss has it
+except ImportError:  # torch without CUDA: everything as plain PyTorch has it
     triton = None
-else:
+
+def hopper(x: Tensor) -> bool:
+    """Whether x is where kernels run that need a Hopper GPU, or a newer one, for FP8, TMA or atomic adds of bf16."""
+    return triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+if triton:
     @triton.jit
     def softcap_loss_kernel(logits, targets, weights, losses, VOCAB: tl.constexpr, AHEAD: tl.constexpr,
                             BLOCK: tl.constexpr):
