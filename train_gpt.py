@@ -594,6 +594,47 @@ softcap_loss_op.register_autograd(
         ctx.save_for_backward(*inputs[:2], output[1]), ctx.mark_non_differentiable(output[1]),
         ctx.set_materialize_grads(False)))  # or zeros as large as the logits are made for the second output
 
+if triton:
+    @triton.jit
+    def add_rows_kernel(table, grads, rows, order, COUNT, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """table[rows[i]] += grads[order[i]]. What a program's rows have in common it adds up first, in fp32."""
+        place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        row, source = tl.load(rows + place, place < COUNT, -1), tl.load(order + place, place < COUNT, 0)
+        inside = (place < COUNT)[:, None] & (columns < DIM)
+        grad = tl.load(grads + source[:, None] * DIM + columns, inside, 0.0)
+        same = row[:, None] == row[None, :]
+        total = tl.dot(same.to(grad.dtype), grad, input_precision="ieee")
+        earlier = tl.arange(0, ROWS)[None, :] < tl.arange(0, ROWS)[:, None]
+        first = tl.sum((same & earlier).to(tl.int32), 1) == 0
+        tl.atomic_add(table + row.to(tl.int64)[:, None] * DIM + columns, total.to(grad.dtype), inside & first[:, None],
+                      sem="relaxed")
+
+def add_rows(table: Tensor, grads: Tensor, rows: Tensor, order: Tensor):
+    """table.index_add_(0, rows, grads), for table (V, D), grads (T, D), rows (T,) and the order (T,) that sorts them.
+    Rows of a frequent token are added up in fp32, 32 at a time, before the table's bf16 gets them."""
+    grid = triton.cdiv(len(grads), 32), triton.cdiv(grads.size(1), 256)
+    add_rows_kernel[grid](table, grads.contiguous(), rows[order], order, *grads.shape, ROWS=32, COLUMNS=256)
+
+class Lookup(torch.autograd.Function):
+    """Rows (T,) of a table (V, D) -> (T, D). The gradient goes straight into table.grad, where there is one: none as
+    large as the table is made or added: <GAIN:table_grads>."""
+    @staticmethod
+    def forward(ctx, table, rows, order):
+        ctx.table = table
+        ctx.save_for_backward(rows, order)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows, order), table = ctx.saved_tensors, ctx.table
+        total = torch.zeros_like(table) if table.grad is None else table.grad
+        if hopper(grad):
+            add_rows(total, grad, rows, order)
+        else:
+            total.index_add_(0, rows, grad)
+        return None if total is table.grad else total, None, None
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,14 +702,13 @@ class Block(nn.Module):
         if ends:
             self.backout = nn.Parameter(torch.empty(()))
 
-    def attention(self, x, tokens, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
+    def attention(self, x, values, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
         qkv, out = self.qkv.flatten(0, 1), self.out
         if self.args.attention_scales:  # q and k are normed: the factor of qkv is one of v
             qkv, out = self.in_scale * qkv, self.out_scale * out
         q, k, v = F.linear(x, qkv).view(len(x), 3, self.args.num_heads, -1).unbind(1)  # (T, H, D / H)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
-            values = F.embedding(tokens, self.value_table)
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
             v = v + gate[..., None] * values.view_as(v)
         return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).flatten(1), out)
@@ -731,7 +771,7 @@ class Model(nn.Module):
 
     def compile(self):
         """Compiles parts: blocks of one kind share a graph, which on an H100 starts in 73.5 s, not 96.8 s as the whole,
-        and runs 4% faster. Lookups stay out: the compiled gradient of a table is slower (<GAIN:compile_embed>)."""
+        and runs 4% faster. What is between tables and layers is one more: <GAIN:compile_embed>."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
@@ -758,12 +798,14 @@ class Model(nn.Module):
         places = angle.cos(), angle.sin(), cu_seqlens, stage.max_seqlen
         if self.args.bigram_rows:
             row, sign = self.pairs(tokens, position)
-            bigram = F.embedding(row, self.bigram_table)
-        x0, bigram = self.embed(F.embedding(tokens, self.embedding), bigram, sign, position)
+            bigram = Lookup.apply(self.bigram_table, row, row.int().argsort())
+        order = tokens.int().argsort()  # for the gradients of all tables
+        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens, order), bigram, sign, position)
         x, kept, held = x0.view_as(x0), None, None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.long_window if block.long else stage.short_window
-            x = block(x, x0, bigram, kept if block.takes else None, held if block.late or block.ends else None, tokens,
+            values = Lookup.apply(block.value_table, tokens, order) if block.valued else None
+            x = block(x, x0, bigram, kept if block.takes else None, held if block.late or block.ends else None, values,
                       *places, window, stage.scale)
             kept, held = x if block.keeps else kept, x.view_as(x) if block.holds else held
         return x, position

@@ -597,6 +597,47 @@ softcap_loss_op.register_autograd(
         ctx.save_for_backward(*inputs[:2], output[1]), ctx.mark_non_differentiable(output[1]),
         ctx.set_materialize_grads(False)))  # or zeros as large as the logits are made for the second output
 
+if triton:
+    @triton.jit
+    def add_rows_kernel(table, grads, rows, order, COUNT, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """table[rows[i]] += grads[order[i]]. What a program's rows have in common it adds up first, in fp32."""
+        place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        row, source = tl.load(rows + place, place < COUNT, -1), tl.load(order + place, place < COUNT, 0)
+        inside = (place < COUNT)[:, None] & (columns < DIM)
+        grad = tl.load(grads + source[:, None] * DIM + columns, inside, 0.0)
+        same = row[:, None] == row[None, :]
+        total = tl.dot(same.to(grad.dtype), grad, input_precision="ieee")
+        earlier = tl.arange(0, ROWS)[None, :] < tl.arange(0, ROWS)[:, None]
+        first = tl.sum((same & earlier).to(tl.int32), 1) == 0
+        tl.atomic_add(table + row.to(tl.int64)[:, None] * DIM + columns, total.to(grad.dtype), inside & first[:, None],
+                      sem="relaxed")
+
+def add_rows(table: Tensor, grads: Tensor, rows: Tensor, order: Tensor):
+    """table.index_add_(0, rows, grads), for table (V, D), grads (T, D), rows (T,) and the order (T,) that sorts them.
+    Rows of a frequent token are added up in fp32, 32 at a time, before the table's bf16 gets them."""
+    grid = triton.cdiv(len(grads), 32), triton.cdiv(grads.size(1), 256)
+    add_rows_kernel[grid](table, grads.contiguous(), rows[order], order, *grads.shape, ROWS=32, COLUMNS=256)
+
+class Lookup(torch.autograd.Function):
+    """Rows (T,) of a table (V, D) -> (T, D). The gradient goes straight into table.grad, where there is one: none as
+    large as the table is made or added: <GAIN:table_grads>."""
+    @staticmethod
+    def forward(ctx, table, rows, order):
+        ctx.table = table
+        ctx.save_for_backward(rows, order)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows, order), table = ctx.saved_tensors, ctx.table
+        total = torch.zeros_like(table) if table.grad is None else table.grad
+        if hopper(grad):
+            add_rows(total, grad, rows, order)
+        else:
+            total.index_add_(0, rows, grad)
+        return None if total is table.grad else total, None, None
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: linear recurrences [same]
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1054,7 +1095,6 @@ class StageInputs(NamedTuple):
 
 class Packing(NamedTuple):
     """What layers know about the tokens of a batch. Rotations are (cos, sin), each (T, 1, 1, channels of a key / 2)."""
-    tokens: Tensor  # (T,)
     local_rotation: tuple[Tensor, Tensor]
     global_rotation: tuple[Tensor, Tensor] | None
     log_seen: Tensor  # (T, 1, 1, 1): logarithm of the number of keys that a global layer sees
@@ -1151,7 +1191,7 @@ class Block(nn.Module):
         self.register_buffer("lambda_init", torch.tensor(0.8 - 0.6 * math.exp(-0.3 * depth)), False)
         self.scale = torch.tensor(key_dim**-0.5, device="cpu")
 
-    def attention(self, x, kv, packing: Packing, max_seqlen, window) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def attention(self, x, values, kv, packing: Packing, max_seqlen, window) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (T, D) -> what the heads say (T, H, values), and the keys (T, H, maps, channels) and values for a reuse."""
         args, rotation = self.args, packing.global_rotation if self.spans else packing.local_rotation
         q = norm(F.linear(x, self.q).view(len(x), self.heads, self.maps, -1))
@@ -1163,7 +1203,6 @@ class Block(nn.Module):
             k = norm(k.unflatten(-1, (self.maps, -1)))
             k = rotate(k, *rotation) if rotation else k
             if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
-                values = F.embedding(packing.tokens, self.value_table)
                 gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
                 v = v + gate[..., None] * values.view_as(v)
             kv = k, v
@@ -1197,8 +1236,8 @@ class Block(nn.Module):
             y = y * F.silu(F.linear(x, self.recurrent_gate)).view_as(y)
         return y
 
-    def forward(self, x, x0, bigram, kv, packing: Packing, max_seqlen, window):
-        """x, x0, bigram (T, D), kv the keys and values that an r takes -> (T, D), and the keys and values of an l."""
+    def forward(self, x, x0, bigram, values, kv, packing: Packing, max_seqlen, window):
+        """x, x0, bigram, values (T, D), kv the keys and values that an r takes -> (T, D), and those of an l."""
         args = self.args
         if args.extras:
             x = scaled(self.residual, x) + scaled(self.inject, x0)
@@ -1206,7 +1245,7 @@ class Block(nn.Module):
             x = x + scaled(self.bigram_gate, bigram)
         x = x.to(x0.dtype)
         h = norm(x) * self.depth_scale
-        heard, kv = self.attention(h, kv, packing, max_seqlen, window)
+        heard, kv = self.attention(h, values, kv, packing, max_seqlen, window)
         if args.headwise_norm:
             heard = (norm(heard) * self.attention_gain).to(x.dtype)
         mixed = heard.flatten(1)
@@ -1296,7 +1335,7 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=self.args.init_std or 0.005))
 
     def compile(self):
-        """Compiles parts, not the whole: blocks of one kind share a graph. Lookups stay out, as in train_gpt.py."""
+        """Compiles parts, not the whole: blocks of one kind share a graph."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
@@ -1321,18 +1360,20 @@ class Model(nn.Module):
         position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
         local, whole = (position[:, None, None, None] * f for f in (self.local_frequencies, self.global_frequencies))
         log_seen = torch.minimum(position + 1, stage.reach).float().log()[:, None, None, None]
-        packing = Packing(tokens, (local.cos(), local.sin()), None if self.args.nope else (whole.cos(), whole.sin()),
+        packing = Packing((local.cos(), local.sin()), None if self.args.nope else (whole.cos(), whole.sin()),
                           log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
         if self.args.compile:
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
         if self.args.bigram_rows:
             row, sign = self.pairs(tokens, position)
-            bigram = F.embedding(row, self.bigram_table)
-        x0, bigram = self.embed(F.embedding(tokens, self.embedding), bigram, sign, position)
+            bigram = Lookup.apply(self.bigram_table, row, row.int().argsort())
+        order = tokens.int().argsort()  # for the gradients of all tables
+        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens, order), bigram, sign, position)
         x, kv = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
-            x, own = block(x, x0, bigram, kv if block.reuses else None, packing, stage.max_seqlen, window)
+            values = Lookup.apply(block.value_table, tokens, order) if block.valued else None
+            x, own = block(x, x0, bigram, values, kv if block.reuses else None, packing, stage.max_seqlen, window)
             kv = own or kv
         return x, position
 

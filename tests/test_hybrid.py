@@ -250,7 +250,7 @@ def test_a_reuse_has_no_keys_and_values_and_takes_those_of_the_local_layer_befor
     taken = []
     for block in model.blocks:
         forward = block.attention
-        block.attention = lambda x, kv, *rest, forward=forward: (taken.append(kv), forward(x, kv, *rest))[1]
+        block.attention = lambda *inputs, forward=forward: (taken.append(inputs[2]), forward(*inputs))[1]
     made = []
     attend = model.blocks[0].attention
     model.blocks[0].attention = lambda *inputs: (made.append(attend(*inputs)), made[0])[1]
