@@ -679,13 +679,14 @@ class Block(nn.Module):
     s, l  attention with the short, the long window     >  the stream after it is kept ...
     -     no attention                                  <  ... and added to the stream here
     v     a value embedding                             =  the stream after it is held, and in part taken off at the end
-    h     attention reads the held stream
+    h     attention reads the held stream               p  its heads attend in pairs
     """
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype, ends: bool):
         super().__init__()
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
         self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
+        self.paired = "p" in word
         self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
         if args.bigram_rows:
@@ -707,11 +708,14 @@ class Block(nn.Module):
         if self.args.attention_scales:  # q and k are normed: the factor of qkv is one of v
             qkv, out = self.in_scale * qkv, self.out_scale * out
         q, k, v = F.linear(x, qkv).view(len(x), 3, self.args.num_heads, -1).unbind(1)  # (T, H, D / H)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
             v = v + gate[..., None] * values.view_as(v)
-        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).flatten(1), out)
+        if self.paired:  # heads h and h + H / 2 are one of twice the length, and see each other's keys: <GAIN:paired>
+            q, k, v = (y.reshape(2 * len(x), -1, y.size(-1)) for y in (q, k, v))
+            cu_seqlens = 2 * cu_seqlens
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).reshape(len(x), -1), out)
 
     def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
@@ -732,12 +736,14 @@ class Model(nn.Module):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl]v?h?|-)[<>=]?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]v?h?p?|-)[<>=]?", word) for word in words) or (
                 skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
             raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <, '
-                            "one before the last with = and later ones with h")
+                            "one before the last with = and later ones with h; with p, any of them but -")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
+        if "p" in args.layers and args.num_heads % 2:
+            raise UserError(f"--num-heads {args.num_heads} must be even for the p in --layers, pairs of heads")
         if args.bigram_rows < 0 or args.bigram_rows == 1:
             raise UserError(f"--bigram-rows {args.bigram_rows} must be 2 or more, or 0 for none")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
@@ -751,7 +757,8 @@ class Model(nn.Module):
             self.blocks = nn.ModuleList(
                 Block(word, args, self.vocab_size, dtype, i == len(words) and "=" in args.layers)
                 for i, word in enumerate(words, 1))
-        self.windows = [args.stages[-1].windows[block.long] for block in self.blocks if block.attends]
+        self.windows = [(args.stages[-1].windows[block.long], 1 + block.paired)  # and how often a token stands there
+                        for block in self.blocks if block.attends]
 
     @torch.no_grad()
     def initialise(self, seed: int):
@@ -794,8 +801,11 @@ class Model(nn.Module):
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
         index, bigram, sign = torch.arange(len(tokens), device=tokens.device), None, None
         position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
-        angle = position[:, None, None] * stage.frequencies
-        places = angle.cos(), angle.sin(), cu_seqlens, stage.max_seqlen
+        places = []
+        for slots in (1, 2):  # of each token in the sequence: where heads are paired it has two
+            slot = (slots * position[:, None] + torch.arange(slots, device=tokens.device)).view(-1, 1, 1)
+            angle = slot * stage.frequencies
+            places.append((angle.cos(), angle.sin(), cu_seqlens, slots * stage.max_seqlen))
         if self.args.bigram_rows:
             row, sign = self.pairs(tokens, position)
             bigram = Lookup.apply(self.bigram_table, row, row.int().argsort())
@@ -806,7 +816,7 @@ class Model(nn.Module):
             window = stage.long_window if block.long else stage.short_window
             values = Lookup.apply(block.value_table, tokens, order) if block.valued else None
             x = block(x, x0, bigram, kept if block.takes else None, held if block.late or block.ends else None, values,
-                      *places, window, stage.scale)
+                      *places[block.paired], window, stage.scale)
             kept, held = x if block.keeps else kept, x.view_as(x) if block.holds else held
         return x, position
 
@@ -877,12 +887,13 @@ class Model(nn.Module):
 
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token in documents of `context` tokens: 6 a matrix weight, 12 a key seen and channel."""
-        seen = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in (min(w, context) for w in self.windows))
+        spans = [(min(window, slots * context), slots * context) for window, slots in self.windows]
+        seen = sum((w * (w + 1) / 2 + (length - w) * w) / length for w, length in spans)
         return 6 * self.num_params()["matmul"] + 12 * self.args.model_dim * seen
 
     def cache_bytes(self, context: int) -> int:
         """Bytes of keys and values, in bf16, that decoding keeps after `context` tokens."""
-        return sum(4 * self.args.model_dim * min(window, context) for window in self.windows)
+        return sum(4 * self.args.model_dim * min(math.ceil(window / slots), context) for window, slots in self.windows)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -931,14 +942,15 @@ class Hyperparameters:
     )
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "s sv sv l> s s -< s= svh svh lvh"
+    layers: str = "sp sv svp l> s sp -< s= svh svhp lvh"
     """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
     > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
-    learned part of it, half at first, off at the end (backout), h has attention read the held one (late input)"""
+    learned part of it, half at first, off at the end (backout), h has attention read the held one (late input), p makes
+    of two heads one that sees both their keys, in half the window (paired heads)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
-    # measured as one, with = and h, the smear gate's rate, and paired heads and key offset, not here: loss -0.375
+    # measured as one, with =, h and p, the smear gate's rate, and key offset, not here: loss -0.375
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
     attention_scales: bool = True  # learned factors of attention's input and output matrices, at first 0.5 and 1
     zero_attention: bool = False  # attention's output matrices begin at zero, as the MLP's do

@@ -19,8 +19,8 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "s sv= l> -< lvh"
-REACH = 2 * (SHORT - 1) + (LONG - 1) + 1  # how far back LAYERS see, with the smear: the last reads what the second left
+LAYERS = "s svp= lp> -< lvh"
+REACH = SHORT - 1 + SHORT // 2 + LONG - 1 + 1  # how far back LAYERS see, smear and all: the last reads the second's
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +84,23 @@ def turned(x: Tensor, frequencies: Tensor) -> Tensor:
 
 def naive_attention(block, word, x, tokens, heads, scale, frequencies) -> Tensor:
     window, width, outputs = LONG if "l" in word else SHORT, x.size(1) // heads, []
-    ago = torch.arange(len(x))[:, None] - torch.arange(len(x))
+    qkv = []
     for head in range(heads):
         q, k, v = (x @ w[head * width:(head + 1) * width].T for w in block.in_scale * block.qkv)
         if "v" in word:
             values = block.value_table[tokens]
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ block.value_gate[head])
             v = v + gate[:, None] * values[:, head * width:(head + 1) * width]
-        scores = turned(rms(q), frequencies) @ turned(rms(k), frequencies).T * scale
+        qkv.append((rms(q), rms(k), v))
+    if "p" in word:  # one sequence of two heads, which take turns
+        qkv = [[torch.stack(both, 1).flatten(0, 1) for both in zip(qkv[h], qkv[h + heads // 2])]
+               for h in range(heads // 2)]
+    for q, k, v in qkv:
+        ago = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        scores = turned(q, frequencies) @ turned(k, frequencies).T * scale
         outputs.append(scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(1) @ v)
+    if "p" in word:
+        outputs = [y[half::2] for half in range(2) for y in outputs]
     return torch.cat(outputs, 1) @ (block.out_scale * block.out).T
 
 
@@ -123,9 +131,10 @@ def naive_hidden(model, tokens) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
-                                    "s> l= svh< lvh", LAYERS])
-def test_each_kind_of_layer_equals_a_naive_model(layers):
-    model, tokens = random_model(layers=layers), random_tokens(40)
+                                    "s> l= svh< lvh", "sp", "lvp s= lhp", LAYERS])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
+    model, tokens = random_model(layers=layers, num_heads=heads), random_tokens(40)
     assert_near(hidden(model, tokens, 40), naive_hidden(model, tokens), 1e-6)  # the rotary embedding is in fp32
 
 
@@ -155,7 +164,8 @@ def test_a_token_changes_no_hidden_state_before_it_and_some_after():
 
 @pytest.mark.parametrize("layers, reach", [
     (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1),
-    ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1))])
+    ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1)),
+    ("sp", SHORT // 2 + 1), ("lp", LONG // 2 + 1), ("lp s", LONG // 2 + SHORT)])
 def test_a_hidden_state_depends_on_its_own_document_as_far_back_as_the_windows_reach(layers, reach):
     """By gradients, exactly: causality, document borders, windows, and that nothing in reach is missing."""
     model, lengths = random_model(layers=layers), (30, 1, 20, 25)
@@ -201,6 +211,7 @@ def test_scores_depend_on_relative_position_only():
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     hidden(model, random_tokens(100), 40, 60)
     cos, sin = seen[6:8]
+    assert cos.size(0) == sin.size(0) == 100
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator).expand(2, 100, 1, 16)
     scores = gpt.rotate(q, cos, sin)[:, 0] @ gpt.rotate(k, cos, sin)[:, 0].T
@@ -440,13 +451,15 @@ def test_flops_per_token_of_the_speedrun(speedrun, context):
     def mean_keys(window):
         return sum(min(i, window) for i in range(1, context + 1)) / context
 
-    keys = 8 * mean_keys(768) + 2 * mean_keys(1664)  # s s s s s s s s and l l
+    # s s s s and l l; paired heads see as many keys, of twice the length
+    paired = sum(min(i, 768) for i in range(1, 2 * context + 1)) / (2 * context)
+    keys = 4 * mean_keys(768) + 4 * paired + 2 * mean_keys(1664)
     attention = 3 * 2 * 2 * 768 * keys  # forward and twice that backward; scores and values; 2 per multiply-add
     weights = 6 * (11 * 8 * 768**2 + 10 * 4 * 768**2 + 50304 * 768 + 5 * 6 * 12)
     assert speedrun.flops_per_token(context) == pytest.approx(weights + attention)
 
 
-@pytest.mark.parametrize("context, keys", [(1, 10), (768, 7680), (1000, 8 * 768 + 2000), (9999, 8 * 768 + 2 * 1664)])
+@pytest.mark.parametrize("context, keys", [(1, 10), (384, 3840), (768, 6 * 768 + 4 * 384), (9999, 6 * 768 + 2 * 1664)])
 def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
     assert speedrun.cache_bytes(context) == keys * 768 * 2 * 2  # a key and a value, 2 bytes each
 
@@ -456,7 +469,8 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
                                     "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
-                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s="])
+                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s=",
+                                    "p", "-p", "spv", "sph", "spp", "ps"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
@@ -469,6 +483,11 @@ def test_wrong_widths_are_refused_in_one_line(dim, heads):
     with pytest.raises(gpt.UserError, match="--model-dim|--num-heads") as refusal:
         gpt.Model(tiny(model_dim=dim, num_heads=heads), VOCAB, CPU, torch.float32)
     assert "\n" not in str(refusal.value)
+
+
+def test_pairs_of_an_odd_number_of_heads_are_refused():
+    with pytest.raises(gpt.UserError, match="--num-heads 3 must be even"):
+        gpt.Model(tiny(layers="s lp", model_dim=48, num_heads=3), VOCAB, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, -3])
