@@ -680,13 +680,14 @@ class Block(nn.Module):
     -     no attention                                  <  ... and added to the stream here
     v     a value embedding                             =  the stream after it is held, and in part taken off at the end
     h     attention reads the held stream               p  its heads attend in pairs
+    o     half of each key is that of the token before
     """
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype, ends: bool):
         super().__init__()
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
         self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
-        self.paired = "p" in word
+        self.paired, self.offset = "p" in word, "o" in word
         self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
         if args.bigram_rows:
@@ -703,19 +704,23 @@ class Block(nn.Module):
         if ends:
             self.backout = nn.Parameter(torch.empty(()))
 
-    def attention(self, x, values, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
+    def attention(self, x, values, position, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
         qkv, out = self.qkv.flatten(0, 1), self.out
         if self.args.attention_scales:  # q and k are normed: the factor of qkv is one of v
             qkv, out = self.in_scale * qkv, self.out_scale * out
         q, k, v = F.linear(x, qkv).view(len(x), 3, self.args.num_heads, -1).unbind(1)  # (T, H, D / H)
+        q, k = norm(q), norm(k)
         if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ self.value_gate.T.to(x.dtype))
             v = v + gate[..., None] * values.view_as(v)
+        if self.offset:  # the half that is not rotated: so one layer can find what followed: <GAIN:offset>
+            turning, still = k.chunk(2, -1)
+            k = torch.cat([turning, torch.where(position[:, None, None] > 0, still.roll(1, 0), still)], -1)
         if self.paired:  # heads h and h + H / 2 are one of twice the length, and see each other's keys: <GAIN:paired>
             q, k, v = (y.reshape(2 * len(x), -1, y.size(-1)) for y in (q, k, v))
             cu_seqlens = 2 * cu_seqlens
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        return F.linear(varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale).reshape(len(x), -1), out)
+        y = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, window, scale)
+        return F.linear(y.reshape(len(x), -1), out)
 
     def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
@@ -736,10 +741,10 @@ class Model(nn.Module):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl]v?h?p?|-)[<>=]?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]v?h?p?o?|-)[<>=]?", word) for word in words) or (
                 skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
             raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <, '
-                            "one before the last with = and later ones with h; with p, any of them but -")
+                            "one before the last with = and later ones with h; with p, o or po, any of them but -")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         if "p" in args.layers and args.num_heads % 2:
@@ -805,7 +810,7 @@ class Model(nn.Module):
         for slots in (1, 2):  # of each token in the sequence: where heads are paired it has two
             slot = (slots * position[:, None] + torch.arange(slots, device=tokens.device)).view(-1, 1, 1)
             angle = slot * stage.frequencies
-            places.append((angle.cos(), angle.sin(), cu_seqlens, slots * stage.max_seqlen))
+            places.append((position, angle.cos(), angle.sin(), cu_seqlens, slots * stage.max_seqlen))
         if self.args.bigram_rows:
             row, sign = self.pairs(tokens, position)
             bigram = Lookup.apply(self.bigram_table, row, row.int().argsort())
@@ -942,15 +947,16 @@ class Hyperparameters:
     )
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "sp sv svp l> s sp -< s= svh svhp lvh"
+    layers: str = "sp sv svp lo> s sp -< s= svh svhp lvho"
     """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
     > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
     learned part of it, half at first, off at the end (backout), h has attention read the held one (late input), p makes
-    of two heads one that sees both their keys, in half the window (paired heads)"""
+    of two heads one that sees both their keys, in half the window (paired heads), o puts the half of a key that knows
+    no position one token on (key offset)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
-    # measured as one, with =, h and p, the smear gate's rate, and key offset, not here: loss -0.375
+    # measured as one, with =, h, p, o and the smear gate's rate: loss -0.375
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
     attention_scales: bool = True  # learned factors of attention's input and output matrices, at first 0.5 and 1
     zero_attention: bool = False  # attention's output matrices begin at zero, as the MLP's do

@@ -19,8 +19,8 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "s svp= lp> -< lvh"
-REACH = SHORT - 1 + SHORT // 2 + LONG - 1 + 1  # how far back LAYERS see, smear and all: the last reads the second's
+LAYERS = "s svp= lpo> -< lvho"
+REACH = SHORT - 1 + SHORT // 2 + LONG + 1  # how far back LAYERS see, smear and all: the last reads the second's
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,10 @@ def naive_attention(block, word, x, tokens, heads, scale, frequencies) -> Tensor
             values = block.value_table[tokens]
             gate = 2 * torch.sigmoid(torch.cat([x[:, :6], values[:, :6]], 1) @ block.value_gate[head])
             v = v + gate[:, None] * values[:, head * width:(head + 1) * width]
-        qkv.append((rms(q), rms(k), v))
+        q, k = rms(q), rms(k)
+        if "o" in word:  # the second half of a key is the one of the token before, the first token keeps its own
+            k = torch.cat([k[:, :width // 2], torch.cat([k[:1, width // 2:], k[:-1, width // 2:]])], 1)
+        qkv.append((q, k, v))
     if "p" in word:  # one sequence of two heads, which take turns
         qkv = [[torch.stack(both, 1).flatten(0, 1) for both in zip(qkv[h], qkv[h + heads // 2])]
                for h in range(heads // 2)]
@@ -131,7 +134,8 @@ def naive_hidden(model, tokens) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
-                                    "s> l= svh< lvh", "sp", "lvp s= lhp", LAYERS])
+                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo",
+                                    "svpo", LAYERS])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
     model, tokens = random_model(layers=layers, num_heads=heads), random_tokens(40)
@@ -165,7 +169,8 @@ def test_a_token_changes_no_hidden_state_before_it_and_some_after():
 @pytest.mark.parametrize("layers, reach", [
     (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1),
     ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1)),
-    ("sp", SHORT // 2 + 1), ("lp", LONG // 2 + 1), ("lp s", LONG // 2 + SHORT)])
+    ("sp", SHORT // 2 + 1), ("lp", LONG // 2 + 1), ("lp s", LONG // 2 + SHORT),
+    ("so", SHORT + 1), ("lpo", LONG // 2 + 2), ("lo s", LONG + SHORT)])
 def test_a_hidden_state_depends_on_its_own_document_as_far_back_as_the_windows_reach(layers, reach):
     """By gradients, exactly: causality, document borders, windows, and that nothing in reach is missing."""
     model, lengths = random_model(layers=layers), (30, 1, 20, 25)
@@ -210,7 +215,7 @@ def test_scores_depend_on_relative_position_only():
     model, seen = random_model(), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     hidden(model, random_tokens(100), 40, 60)
-    cos, sin = seen[6:8]
+    cos, sin = seen[7:9]
     assert cos.size(0) == sin.size(0) == 100
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator).expand(2, 100, 1, 16)
@@ -470,7 +475,7 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
                                     "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
                                     "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s=",
-                                    "p", "-p", "spv", "sph", "spp", "ps"])
+                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
