@@ -544,33 +544,30 @@ try:
 except ImportError:  # torch without CUDA: everything as plain PyTorch has it
     triton = None
 
-def hopper(x: Tensor) -> bool:
-    """Whether x is where kernels run that need a Hopper GPU, or a newer one, for FP8, TMA or atomic adds of bf16."""
-    return triton is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
 if triton:
     @triton.jit
-    def softcap_loss_kernel(logits, targets, weights, losses, VOCAB: tl.constexpr, AHEAD: tl.constexpr,
+    def softcap_loss_kernel(logits, targets, weights, counts, losses, VOCAB: tl.constexpr, AHEAD: tl.constexpr,
                             BLOCK: tl.constexpr):
         """A program is a row of logits (T, VOCAB), which it reads for the sum of exponentials and then overwrites with
-        the loss's gradient. Targets and weights (T, AHEAD), losses (T,)."""
+        the loss's gradient. Targets and weights (T, AHEAD), counts (2,), losses (T,)."""
         row = tl.program_id(0).to(tl.int64)
         logits, targets, weights = logits + row * VOCAB, targets + row * AHEAD, weights + row * AHEAD
         ahead = tl.arange(0, triton.next_power_of_2(AHEAD))
         target = tl.load(targets + ahead, ahead < AHEAD, 0)
         weight = tl.load(weights + ahead, ahead < AHEAD, 0.0)
         chosen = tl.sigmoid((tl.load(logits + target).to(tl.float32) + 5) / 7.5)  # before anything is overwritten
-        sums = tl.zeros((BLOCK,), tl.float32)
+        sums, known, others = tl.zeros((BLOCK,), tl.float32), tl.load(counts), tl.load(counts + 1)
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, -float("inf")).to(tl.float32) + 5) / 7.5)
-            sums += tl.where(columns < VOCAB, tl.exp(23 * cap), 0.0)
+            sums += tl.where(columns < VOCAB, tl.exp(23 * cap), 0.0) * tl.where(columns < known, 1.0, others)
         total, weight_sum = tl.sum(sums, 0), tl.sum(weight, 0)
         tl.store(losses + row, weight_sum * tl.log(total) - tl.sum(weight * 23 * chosen, 0))
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, 0.0).to(tl.float32) + 5) / 7.5)
-            grad = tl.exp(23 * cap) * (weight_sum / total) * cap * (1 - cap) * (23 / 7.5)
+            share = tl.exp(23 * cap) * tl.where(columns < known, 1.0, others) / total
+            grad = share * weight_sum * cap * (1 - cap) * (23 / 7.5)
             tl.store(logits + columns, grad.to(logits.dtype.element_ty), columns < VOCAB)
         tl.debug_barrier()  # the targets' columns once more, with what only they have
         same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), 1)
@@ -578,18 +575,18 @@ if triton:
         tl.store(logits + target, grad.to(logits.dtype.element_ty), ahead < AHEAD)
 
 @torch.library.custom_op(f"{SCRIPT.stem}::softcap_loss", mutates_args=())
-def softcap_loss_op(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def softcap_loss_op(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Model.loss, behind its norm, and its gradient by the logits. The logits are stored once and read twice: 28.6 ms
     forward and backward at 65,536 tokens, where the compiled Model.loss takes 37.4 (H100)."""
     logits, losses = F.linear(x, head), torch.empty(len(x), device=x.device)
-    softcap_loss_kernel[len(x),](logits, targets, weights, losses, len(head), targets.size(1), BLOCK=2048, num_warps=4)
+    softcap_loss_kernel[len(x),](logits, targets, weights, counts, losses, len(head), targets.size(1), BLOCK=2048)
     return losses.sum(), logits
 
 softcap_loss_op.register_fake(lambda x, head, *_: (x.new_empty((), dtype=torch.float), x.new_empty(len(x), len(head))))
 
 def softcap_loss_backward(ctx, dloss, _):
     x, head, grad = ctx.saved_tensors
-    return (dloss * (grad @ head)).to(x.dtype), (dloss * (grad.T @ x)).to(head.dtype), None, None
+    return (dloss * (grad @ head)).to(x.dtype), (dloss * (grad.T @ x)).to(head.dtype), None, None, None
 
 softcap_loss_op.register_autograd(
     softcap_loss_backward,
@@ -597,46 +594,20 @@ softcap_loss_op.register_autograd(
         ctx.save_for_backward(*inputs[:2], output[1]), ctx.mark_non_differentiable(output[1]),
         ctx.set_materialize_grads(False)))  # or zeros as large as the logits are made for the second output
 
-if triton:
-    @triton.jit
-    def add_rows_kernel(table, grads, rows, order, COUNT, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """table[rows[i]] += grads[order[i]]. What a program's rows have in common it adds up first, in fp32."""
-        place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        row, source = tl.load(rows + place, place < COUNT, -1), tl.load(order + place, place < COUNT, 0)
-        inside = (place < COUNT)[:, None] & (columns < DIM)
-        grad = tl.load(grads + source[:, None] * DIM + columns, inside, 0.0)
-        same = row[:, None] == row[None, :]
-        total = tl.dot(same.to(grad.dtype), grad, input_precision="ieee")
-        earlier = tl.arange(0, ROWS)[None, :] < tl.arange(0, ROWS)[:, None]
-        first = tl.sum((same & earlier).to(tl.int32), 1) == 0
-        tl.atomic_add(table + row.to(tl.int64)[:, None] * DIM + columns, total.to(grad.dtype), inside & first[:, None],
-                      sem="relaxed")
-
-def add_rows(table: Tensor, grads: Tensor, rows: Tensor, order: Tensor):
-    """table.index_add_(0, rows, grads), for table (V, D), grads (T, D), rows (T,) and the order (T,) that sorts them.
-    Rows of a frequent token are added up in fp32, 32 at a time, before the table's bf16 gets them."""
-    grid = triton.cdiv(len(grads), 32), triton.cdiv(grads.size(1), 256)
-    add_rows_kernel[grid](table, grads.contiguous(), rows[order], order, *grads.shape, ROWS=32, COLUMNS=256)
-
 class Lookup(torch.autograd.Function):
     """Rows (T,) of a table (V, D) -> (T, D). The gradient goes straight into table.grad, where there is one: none as
-    large as the table is made or added: <GAIN:table_grads>."""
+    large as the table is made or added."""
     @staticmethod
-    def forward(ctx, table, rows, order):
+    def forward(ctx, table, rows):
         ctx.table = table
-        ctx.save_for_backward(rows, order)
+        ctx.save_for_backward(rows)
         return F.embedding(rows, table)
 
     @staticmethod
     def backward(ctx, grad):
-        (rows, order), table = ctx.saved_tensors, ctx.table
-        total = torch.zeros_like(table) if table.grad is None else table.grad
-        if hopper(grad):
-            add_rows(total, grad, rows, order)
-        else:
-            total.index_add_(0, rows, grad)
-        return None if total is table.grad else total, None, None
+        total = torch.zeros_like(ctx.table) if ctx.table.grad is None else ctx.table.grad
+        total.index_add_(0, *ctx.saved_tensors, grad)
+        return None if total is ctx.table.grad else total, None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: linear recurrences [same]
@@ -1092,6 +1063,7 @@ class StageInputs(NamedTuple):
     global_window: Tensor
     reach: Tensor  # the global window on the device
     loss_weights: Tensor  # (tokens ahead,)
+    candidates: int  # rows of the head that the loss knows
 
 class Packing(NamedTuple):
     """What layers know about the tokens of a batch. Rotations are (cos, sin), each (T, 1, 1, channels of a key / 2)."""
@@ -1366,27 +1338,37 @@ class Model(nn.Module):
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
         if self.args.bigram_rows:
             row, sign = self.pairs(tokens, position)
-            bigram = Lookup.apply(self.bigram_table, row, row.int().argsort())
-        order = tokens.int().argsort()  # for the gradients of all tables
-        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens, order), bigram, sign, position)
+            bigram = Lookup.apply(self.bigram_table, row)
+        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
         x, kv = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
-            values = Lookup.apply(block.value_table, tokens, order) if block.valued else None
+            values = Lookup.apply(block.value_table, tokens) if block.valued else None
             x, own = block(x, x0, bigram, values, kv if block.reuses else None, packing, stage.max_seqlen, window)
             kv = own or kv
         return x, position
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23."""
-        logits = F.linear(norm(x), self.head).float()
+    def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23; or (T, rows) with some of the head's rows."""
+        logits = F.linear(norm(x), self.head if head is None else head).float()
         return 23 * torch.sigmoid((logits + 5) / 7.5) if self.args.extras else logits
 
-    def loss(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Weighted cross-entropy of x (T, D) for its targets (T, ahead) by weights (T, ahead), summed, 0-D fp32."""
+    def candidates(self, targets: Tensor, turn: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled softmax (arXiv 1412.2007). The rows of the head (count,) that a micro-batch is scored by: first its
+        targets, then others by turns. The place of every row among them, (vocabulary,), -1 for none. And (2,) how many
+        are targets, and how much each other one counts: the root of how many it stands for, between bias and noise."""
+        every = torch.arange(self.vocab_size, device=targets.device)
+        order = ((10007 * every + turn) % self.vocab_size).index_fill(0, targets.flatten(), -1)
+        rows, known = order.argsort()[:count], (order < 0).sum().float()
+        others = ((self.vocab_size - known) / (count - known).clamp(min=1)).sqrt()
+        return rows, torch.full_like(every, -1).index_copy(0, rows, every[:count]), torch.stack([known, others])
+
+    def loss(self, head: Tensor, counts: Tensor, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Cross-entropy of x (T, D) for targets (T, ahead), rows of `head`, by weights (T, ahead), summed, 0-D fp32."""
         if triton and x.is_cuda and self.args.extras:
-            return softcap_loss_op(norm(x), self.head, targets, weights)[0]
-        logits, pairs = self.logits(x), zip(targets.unbind(1), weights.unbind(1))
+            return softcap_loss_op(norm(x), head, targets, weights, counts)[0]
+        others = torch.where(torch.arange(len(head), device=x.device) < counts[0], 0.0, counts[1].log())
+        logits, pairs = self.logits(x, head) + others, zip(targets.unbind(1), weights.unbind(1))
         return sum(weight @ F.cross_entropy(logits, target, reduction="none") for target, weight in pairs)
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> Tensor:
@@ -1396,8 +1378,11 @@ class Model(nn.Module):
         ahead = range(len(stage.loss_weights))
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
         weights = stage.loss_weights * torch.stack([position.roll(-k) == position + k for k in ahead], 1)
-        chunks = (part.split(self.args.loss_chunk_tokens) for part in (x, later, weights))
-        return torch.stack([self.loss(*chunk) for chunk in zip(*chunks)]).sum()  # no tensor outgrows a chunk's logits
+        rows, place, counts = self.candidates(later, tokens.sum(), stage.candidates)  # the sum: another at every step
+        head, later = Lookup.apply(self.head, rows), place[later]
+        parts = x, later.clamp(min=0), weights * (later >= 0)  # without targets that no place was left for
+        chunks = zip(*(part.split(self.args.loss_chunk_tokens) for part in parts))  # no tensor outgrows their logits
+        return torch.stack([self.loss(head, counts, *chunk) for chunk in chunks]).sum()
 
     def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
         """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
@@ -1409,7 +1394,7 @@ class Model(nn.Module):
             windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
         numbers = (torch.tensor(x) for x in (bound, *windows))
         on_device = (torch.tensor(x).to(self.head.device, non_blocking=True) for x in (windows[1], weights))
-        return StageInputs(*numbers, *on_device)
+        return StageInputs(*numbers, *on_device, not validation and stage.candidates or self.vocab_size)
 
     def param_groups(self) -> list[ParamGroup]:
         """Which parameter learns how, by name."""
@@ -1424,9 +1409,10 @@ class Model(nn.Module):
             embedding = replace(head, params=embedding.params, tied_to="head")
         groups = [
             ParamGroup("muon", like("down"), 2 * args.muon_lr, args.muon_weight_decay),
-            ParamGroup("muon", like(*MATRICES), args.muon_lr, args.muon_weight_decay), head, embedding,
-            ParamGroup("adam", like("value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
+            ParamGroup("muon", like(*MATRICES), args.muon_lr, args.muon_weight_decay),
             ParamGroup("adam", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.75, 0.95)),
+            ParamGroup("adam", like("value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
+            head, embedding,  # the largest go first: what travels last, nothing hides
             ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("value_gate", "bigram_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("rates", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
@@ -1481,6 +1467,7 @@ class Stage:
     windows: tuple[int, int]  # of local and of global attention, in tokens; growing ones are SkyLadder's (2503.15450)
     lr: float  # learning-rate factor before the cooldown
     loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
+    candidates: int = 0  # rows of the head in the training loss: a micro-batch's targets, and others (0: all)
 
 @dataclass
 class Hyperparameters:
@@ -1509,10 +1496,10 @@ class Hyperparameters:
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
-        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25)),
-        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5, 0.0)),
-        Stage(423 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0, 0.0, 0.0)),
-        Stage(15 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0, 0.0, 0.0)),
+        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25), 16_384),
+        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5, 0.0), 16_384),
+        Stage(348 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0, 0.0, 0.0), 16_384),
+        Stage(90 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0, 0.0, 0.0)),
     )
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
@@ -1683,9 +1670,10 @@ class Run:
             tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
             borders = torch.linspace(0, size, 64, device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
-            loss = self.model(tokens.clone(), targets.clone(), borders, self.model.stage_inputs(0))
-            if size in sizes:
-                loss.backward()
+            for index in (0, len(self.args.stages) - 1):  # with a sampled softmax and with a whole one
+                loss = self.model(tokens.clone(), targets.clone(), borders, self.model.stage_inputs(index))
+                if size in sizes:
+                    loss.backward()
         self.optimizer.step(1, 0.0, 0.9)
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
