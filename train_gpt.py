@@ -710,10 +710,10 @@ class Model(nn.Module):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl][vhpox]*|-x?)[<>=]?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]v?h?p?o?x?|-x?)[<>=]?", word) for word in words) or (
                 skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
-            raise UserError(f'--layers "{args.layers}" must be words s, l, sv, lv, -, one with > and a later with <, '
-                            "one before the last with = and later ones with h; with p, o or po, any of them but -")
+            raise UserError(f'--layers "{args.layers}" must be words s, l or - with letters v, h, p, o, x in this '
+                            "order (- with x alone), one with > and a later with <, one with = and later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         if "p" in args.layers and args.num_heads % 2:
