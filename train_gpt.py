@@ -652,10 +652,8 @@ class Block(nn.Module):
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
         self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
-        self.paired, self.offset, self.injects = "p" in word, "o" in word, "x" in word
-        self.residual, self.mlp_residual = (nn.Parameter(torch.empty(())) for _ in range(2))
-        if self.injects:
-            self.inject = nn.Parameter(torch.empty(()))
+        self.paired, self.offset = "p" in word, "o" in word
+        self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
         if args.bigram_rows:
             self.bigram_gate = nn.Parameter(torch.empty(()))
@@ -691,9 +689,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
-        x = scaled(self.residual, x)
-        if self.injects:
-            x = x + scaled(self.inject, x0)
+        x = scaled(self.residual, x) + scaled(self.inject, x0)
         if bigram is not None:
             x = x + scaled(self.bigram_gate, bigram)
         if self.takes:
@@ -710,10 +706,10 @@ class Model(nn.Module):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl]v?h?p?o?x?|-x?)[<>=]?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]v?h?p?o?|-)[<>=]?", word) for word in words) or (
                 skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
-            raise UserError(f'--layers "{args.layers}" must be words s, l or - with letters v, h, p, o, x in this '
-                            "order (- with x alone), one with > and a later with <, one with = and later ones with h")
+            raise UserError(f'--layers "{args.layers}" must be words s, l or -, the first two with v, h, p, o in '
+                            "this order, one with > and a later with <, one before the last with =, later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         if "p" in args.layers and args.num_heads % 2:
@@ -926,12 +922,12 @@ class Hyperparameters:
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25), 16_384),
         Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0), 16_384),
-        Stage(348 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0), 16_384),
-        Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)),
+        Stage(318 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0), 16_384),
+        Stage(120 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)),
     )
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "spx svx svpx lox> sx spx -x< sx= svhx svhpx lvhox"
+    layers: str = "sp sv svp lo> s sp -< s= svh svhp lvho"
     """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
     > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
     learned part of it, half at first, off at the end (backout), h has attention read the held one (late input), p makes
@@ -967,14 +963,14 @@ class Hyperparameters:
 PRESETS = {
     "speedrun": Hyperparameters(),
     "short": Hyperparameters(  # half the batch, twice the steps: loss -0.41 at 20M tokens (rates times 0.66 to 0.73)
-        preset="short", max_tokens=100_000_000, val_every=250, stages=tuple(
+        preset="short", max_tokens=100_000_000, val_every=250, bigram_rows=1_000_000, stages=tuple(
             replace(row, batch_tokens=row.batch_tokens // 2, lr=0.7 * row.lr) for row in Hyperparameters.stages)),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
-        document_tails="continue", val_windows=(64, 384), layers="sx svx lx> -x< lvx", model_dim=192, num_heads=3,
+        document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3,
         bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008),
 }
 

@@ -1349,7 +1349,7 @@ class Model(nn.Module):
         return x, position
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
-        """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23; or (T, rows) with some of the head's rows."""
+        """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23; or (T, rows) with rows of the head."""
         logits = F.linear(norm(x), self.head if head is None else head).float()
         return 23 * torch.sigmoid((logits + 5) / 7.5) if self.args.extras else logits
 
@@ -1498,8 +1498,8 @@ class Hyperparameters:
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25), 16_384),
         Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5, 0.0), 16_384),
-        Stage(348 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0, 0.0, 0.0), 16_384),
-        Stage(90 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0, 0.0, 0.0)),
+        Stage(318 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0, 0.0, 0.0), 16_384),
+        Stage(120 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0, 0.0, 0.0)),
     )
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
@@ -1555,7 +1555,7 @@ def dragon_stage(steps: float, window: int, lr: float) -> Stage:
 PRESETS = {
     "speedrun": Hyperparameters(),
     "short": Hyperparameters(  # half the batch, twice the steps, as in train_gpt.py; its gain was measured there
-        preset="short", max_tokens=100_000_000, val_every=250, stages=tuple(
+        preset="short", max_tokens=100_000_000, val_every=250, bigram_rows=1_000_000, stages=tuple(
             replace(row, batch_tokens=row.batch_tokens // 2, lr=0.7 * row.lr) for row in Hyperparameters.stages)),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,

@@ -19,7 +19,7 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "sx svp= lpo> -< lvhox"
+LAYERS = "s svp= lpo> -< lvho"
 REACH = SHORT - 1 + SHORT // 2 + LONG + 1  # how far back LAYERS see, smear and all: the last reads the second's
 
 
@@ -123,8 +123,7 @@ def naive_hidden(model, tokens) -> Tensor:
     x0, kept, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None, 0.0
     x, bigram = x0, naive_bigram(model, tokens)
     for word, block in zip(words, model.blocks):
-        x = block.residual * x + block.bigram_gate * bigram
-        x = x + block.inject * x0 if "x" in word else x
+        x = block.residual * x + block.inject * x0 + block.bigram_gate * bigram
         x = x + torch.sigmoid(block.skip) * kept if "<" in word else x
         if "-" not in word:
             x = x + naive_attention(block, word, rms(held if "h" in word else x), tokens, heads, scale, frequencies)
@@ -135,8 +134,7 @@ def naive_hidden(model, tokens) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
-                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo", "svpo", "sx -x", "lvpox",
-                                    LAYERS])
+                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo", "svpo", LAYERS])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
     model, tokens = random_model(layers=layers, num_heads=heads), random_tokens(40)
@@ -476,7 +474,7 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
                                     "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
                                     "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s=",
-                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop", "xs", "sxv", "-xv", "-v"])
+                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
@@ -540,7 +538,7 @@ def test_every_parameter_learns_in_exactly_one_group_by_its_name(speedrun):
 
 
 def test_groups_follow_the_flags_and_are_never_empty():
-    groups = random_model(layers="sx", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0, bigram_lr=5.0,
+    groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0, bigram_lr=5.0,
                           smear_gate_lr=6.0, embedding_lr=7.0).param_groups()
     by_name = {name: group for group in groups for name in group.params}
     assert all(group.params for group in groups) and not any("value" in name for name in by_name)
