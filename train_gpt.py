@@ -411,13 +411,12 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
-# A backend is a forward (q, k, v, mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, mask) -> (dq, dk,
-# dv), with shapes as in varlen_attention; `mask` holds the other arguments under the names that flash-attn gives them.
+# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
+# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
 
-def reference_blocks(q, k, mask, block=256):
+def reference_blocks(q, k, cu_seqlens, longest, window, scale, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-    cu_seqlens, window = mask["cu_seqlens_q"], mask["window_size_left"] + 1
     index = torch.arange(len(q), device=q.device)
     first = cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]  # where each token's document begins
     for start in range(0, len(q), block):
@@ -425,66 +424,63 @@ def reference_blocks(q, k, mask, block=256):
         keys = slice(max(start - window + 1, first[start].item()), queries.stop)
         i, j = index[queries, None], index[None, keys]
         visible = (j <= i) & (j > i - window) & (j >= first[queries, None])
-        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * mask["softmax_scale"]
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * scale
         yield queries, keys, scores.masked_fill(~visible, -math.inf)
 
-def reference_forward(q, k, v, mask):
+def reference_forward(q, k, v, *mask):
     out, lse = v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
-    for queries, keys, scores in reference_blocks(q, k, mask):
+    for queries, keys, scores in reference_blocks(q, k, *mask):
         probs = scores.softmax(-1)
         out[queries] = torch.einsum("hqk,khd->qhd", probs, v[keys].to(probs.dtype)).to(v.dtype)
         lse[:, queries] = scores.logsumexp(-1)
     return out, lse
 
-def reference_backward(dout, q, k, v, out, lse, mask):
+def reference_backward(dout, q, k, v, out, lse, *mask):
     dtypes = q.dtype, k.dtype, v.dtype
     dout, q, k, v, out = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v, out))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    for queries, keys, scores in reference_blocks(q, k, mask):
+    for queries, keys, scores in reference_blocks(q, k, *mask):
         probs, douts = scores.softmax(-1), dout[queries]
         dv[keys] += torch.einsum("hqk,qhd->khd", probs, douts)
         dprobs = torch.einsum("qhd,khd->hqk", douts, v[keys])
-        dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask["softmax_scale"]
+        dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask[-1]
         dq[queries] = torch.einsum("hqk,khd->qhd", dscores, k[keys])
         dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
     return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
 
-def flash_attn(module: str, forward: str, backward: str, names: dict, forward_options: dict, backward_options: dict):
-    """(forward, backward, module) from a flash-attn package; `names`: how its backward calls our lse and causal."""
-    def run_forward(q, k, v, mask):
-        function = getattr(importlib.import_module(module), forward)
-        return function(q, k, v, causal=True, **forward_options, **mask)[:2]
+def flash_attn_mask(borders, longest, window, scale) -> dict:
+    return dict(cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
+                softmax_scale=scale, window_size_left=window - 1, window_size_right=0)
 
-    def run_backward(dout, q, k, v, out, lse, mask):
+def flash_attn(module: str, forward: str, backward: str, lse_name: str, causal_name: str, **options):
+    """(forward, backward, module) from a flash-attn package, whose backward has names of its own for lse and causal."""
+    def run_forward(q, k, v, *mask):
+        function = getattr(importlib.import_module(module), forward)
+        return function(q, k, v, causal=True, **options, **flash_attn_mask(*mask))[:2]
+
+    def run_backward(dout, q, k, v, out, lse, *mask):
         function = getattr(importlib.import_module(module), backward)
         grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        function(dout=dout, q=q, k=k, v=v, out=out, **{names["lse"]: lse, names["causal"]: True}, **grads,
-                 **backward_options, **mask)
+        named = {lse_name: lse, causal_name: True, **grads, **flash_attn_mask(*mask)}
+        function(dout=dout, q=q, k=k, v=v, out=out, **named)
         return tuple(grads.values())
     return run_forward, run_backward, module
 
-def torch_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **window):
-    """A mask for the operators behind torch.nn.attention.varlen.varlen_attn."""
-    return (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False), {"scale": softmax_scale, **window}
+def torch_forward(q, k, v, borders, longest, window, scale):  # what torch.nn.attention.varlen.varlen_attn calls
+    return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, 0.0, False, False,
+                                                   scale=scale, window_size_left=window - 1, window_size_right=0)[:2]
 
-def torch_forward(q, k, v, mask):
-    args, options = torch_arguments(**mask)
-    return torch.ops.aten._flash_attention_forward(q, k, v, *args, return_debug_mask=False, **options)[:2]
-
-def torch_backward(dout, q, k, v, out, lse, mask):
-    args, options = torch_arguments(**mask)
+def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, *args, *no_dropout, **options)
+    return torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, borders, borders, longest, longest, 0.0, False, *no_dropout, scale=scale,
+        window_size_left=window - 1, window_size_right=0)
 
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
-    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd",
-                                 {"lse": "lse", "causal": "causal"}, {"return_lse": True}, {}), (9, 0)),
-    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward",
-                                 {"lse": "softmax_lse", "causal": "is_causal"}, {}, {}), (8, 0)),
-    "flash-attn-2": (*flash_attn("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward",
-                                 "_flash_attn_varlen_backward", {"lse": "softmax_lse", "causal": "causal"},
-                                 {"dropout_p": 0.0}, {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None,
-                                                      "deterministic": False}), (8, 0)),
+    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd", "lse", "causal",
+                                 return_lse=True), (9, 0)),
+    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward", "softmax_lse",
+                                 "is_causal"), (8, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
     "reference": (reference_forward, reference_backward, "torch", (0, 0)),
 }
@@ -505,21 +501,16 @@ def choose_attention(name: str, device: torch.device) -> str:
             reason = f"does not import ({type(error).__name__}: {' '.join(str(error).split())})"
     raise UserError(f"--attention {name} {reason}: leave it at auto, or choose another")
 
-def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
-    return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen.item(),
-                max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
-                window_size_right=0)
-
 @torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())  # named by script: a test imports two
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
+    return attention_forward(q, k, v, cu_seqlens, max_seqlen.item(), window.item(), scale.item())
 
 @torch.library.custom_op(f"{SCRIPT.stem}::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
                           max_seqlen: Tensor, window: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mask = attention_mask(cu_seqlens, max_seqlen, window, scale)
-    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, mask))
+    mask = cu_seqlens, max_seqlen.item(), window.item(), scale.item()
+    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, *mask))
 
 attention_op.register_fake(lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float)))
 attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
@@ -927,7 +918,7 @@ class Hyperparameters:
     val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
-    attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
+    attention: Literal["auto", "flash-attn-4", "flash-attn-3", "torch", "reference"] = "auto"  # backend
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
     out: str = "logs"  # folder for the run's log
     checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out

@@ -187,7 +187,7 @@ def test_backends_are_named_by_the_flag():
     assert set(annotation.__args__) == {"auto", *gpt.ATTENTION_BACKENDS}
 
 
-@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "flash-attn-2", "torch"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "torch"])
 def test_forcing_a_gpu_backend_on_a_cpu_is_refused_in_one_line(name):
     with pytest.raises(gpt.UserError, match=f"--attention {name} needs a GPU") as refusal:
         gpt.choose_attention(name, CPU)
@@ -196,8 +196,7 @@ def test_forcing_a_gpu_backend_on_a_cpu_is_refused_in_one_line(name):
 
 def test_auto_takes_the_fastest_that_imports_and_runs(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    names = {"flash-attn-4": "flash_attn.cute.interface", "flash-attn-3": "flash_attn_interface",
-             "flash-attn-2": "flash_attn.flash_attn_interface"}
+    names = {"flash-attn-4": "flash_attn.cute.interface", "flash-attn-3": "flash_attn_interface"}
     hide(monkeypatch, *names.values())
     assert gpt.choose_attention("auto", device) == "torch"
     for parent in ("flash_attn", "flash_attn.cute"):
@@ -228,7 +227,7 @@ def test_a_backend_whose_import_raises_many_lines_is_refused_in_one(monkeypatch,
     assert "\n" not in str(refusal.value)
 
 
-# Stand-ins with the signatures of flash-attn 4, 3 and 2 show that the wiring is right where the packages do not run
+# Stand-ins with the signatures of flash-attn 4 and 3 show that the wiring is right where the packages do not run
 
 
 def stand_in_forward(q, k, v, cu_q, cu_k, longest_q, longest_k, scale, causal, left, right):
@@ -296,28 +295,7 @@ def flash_attn_3():
     return "flash_attn_interface", _flash_attn_forward, _flash_attn_backward
 
 
-def flash_attn_2():
-    def _flash_attn_varlen_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-            block_table=None, leftpad_k=None, seqused_k=None):
-        assert not any((dropout_p, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k))
-        return *stand_in_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                                 window_size_left, window_size_right), None, None
-
-    def _flash_attn_varlen_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-            rng_state=None, zero_tensors=False):
-        assert not any((dropout_p, softcap, alibi_slopes))
-        stand_in_backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                          max_seqlen_k, softmax_scale, causal, window_size_left, window_size_right)
-
-    return "flash_attn.flash_attn_interface", _flash_attn_varlen_forward, _flash_attn_varlen_backward
-
-
-@pytest.mark.parametrize("name, package", [
-    ("flash-attn-4", flash_attn_4), ("flash-attn-3", flash_attn_3), ("flash-attn-2", flash_attn_2)])
+@pytest.mark.parametrize("name, package", [("flash-attn-4", flash_attn_4), ("flash-attn-3", flash_attn_3)])
 def test_flash_attn_is_called_as_its_signature_says(monkeypatch, name, package):
     path, *functions = package()
     module = types.ModuleType(path)
@@ -341,7 +319,7 @@ def test_flash_attn_is_called_as_its_signature_says(monkeypatch, name, package):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [128, 1000])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "flash-attn-2", "torch"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "torch"])
 def test_gpu_backend_is_close_to_naive_attention(name, head_dim, window):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
