@@ -31,7 +31,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -1758,8 +1757,7 @@ class Run:
             "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
             "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
             "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state(),
-        }
+            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1807,26 +1805,19 @@ class Run:
         return text[:length]
 
     def environment(self) -> dict:
-        def git(*command):
-            done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=SCRIPT.parent)
-            return done.stdout.strip() if done.returncode == 0 else None
-
         cpuinfo = Path("/proc/cpuinfo")
-        cpu = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-        cpu = f"{cpu[1] if cpu else platform.machine()} CPU"
+        cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"),
             "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
             "cuda": torch.version.cuda, "numpy": np.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None),
-            "device": torch.cuda.get_device_name() if self.world.gpu else cpu,
+            "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",
             "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
             "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
-            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
-            "args": self.flags,
-        }
+            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "args": self.flags,
+            "params": self.model.num_params()}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
