@@ -450,23 +450,17 @@ def reference_backward(dout, q, k, v, out, lse, *mask):
         dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
     return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
 
-def flash_attn_mask(borders, longest, window, scale) -> dict:
-    return dict(cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
+def flash_attn_options(borders, longest, window, scale) -> dict:
+    return dict(cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
                 softmax_scale=scale, window_size_left=window - 1, window_size_right=0)
 
-def flash_attn(module: str, forward: str, backward: str, lse_name: str, causal_name: str, **options):
-    """(forward, backward, module) from a flash-attn package, whose backward has names of its own for lse and causal."""
-    def run_forward(q, k, v, *mask):
-        function = getattr(importlib.import_module(module), forward)
-        return function(q, k, v, causal=True, **options, **flash_attn_mask(*mask))[:2]
+def flash_attn_forward(q, k, v, *mask):
+    from flash_attn.cute.interface import _flash_attn_fwd
+    return _flash_attn_fwd(q, k, v, return_lse=True, **flash_attn_options(*mask))[:2]
 
-    def run_backward(dout, q, k, v, out, lse, *mask):
-        function = getattr(importlib.import_module(module), backward)
-        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        named = {lse_name: lse, causal_name: True, **grads, **flash_attn_mask(*mask)}
-        function(dout=dout, q=q, k=k, v=v, out=out, **named)
-        return tuple(grads.values())
-    return run_forward, run_backward, module
+def flash_attn_backward(dout, q, k, v, out, lse, *mask):
+    from flash_attn.cute.interface import _flash_attn_bwd
+    return _flash_attn_bwd(q, k, v, out, dout, lse, **flash_attn_options(*mask))[:3]
 
 def torch_forward(q, k, v, borders, longest, window, scale):  # what torch.nn.attention.varlen.varlen_attn calls
     return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, 0.0, False, False,
@@ -479,10 +473,7 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
         window_size_left=window - 1, window_size_right=0)
 
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
-    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd", "lse", "causal",
-                                 return_lse=True), (9, 0)),
-    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward", "softmax_lse",
-                                 "is_causal"), (8, 0)),
+    "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
     "reference": (reference_forward, reference_backward, "torch", (0, 0)),
 }
@@ -1486,7 +1477,7 @@ class Hyperparameters:
     val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
-    attention: Literal["auto", "flash-attn-4", "flash-attn-3", "torch", "reference"] = "auto"  # backend
+    attention: Literal["auto", "flash-attn-4", "torch", "reference"] = "auto"  # backend
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
     out: str = "logs"  # folder for the run's log
     checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
