@@ -101,16 +101,11 @@ def atomic_save(state: dict, path: Path):
 
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
-    header, size = np.fromfile(path, dtype=np.int32, count=256), path.stat().st_size
-    if len(header) < 256 or header[0] != 20240520:
-        fault = "is no token shard (it does not begin with 20240520)"
-    elif header[1] != 1:
-        fault = f"is of shard version {header[1]}, and this script reads version 1"
-    elif size != 1024 + 2 * int(header[2]):
-        fault = f"holds {(size - 1024) / 2:g} tokens, and its header says {header[2]}"
-    else:
-        return int(header[2])
-    raise UserError(f"{path} {fault}: download it or make it again")
+    header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
+    if header[:3] != [20240520, 1, held]:
+        raise UserError(f"{path} holds {held:g} tokens and begins with {header[:3]}, not with 20240520, version 1 and "
+                        "the number of tokens: download it or make it again")
+    return header[2]
 
 class Dataset:
     """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
@@ -251,13 +246,11 @@ class ParamGroup:
     tied_to: str = ""  # the parameter with which this group's only one shares gradients while the run is tied
 
 # Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar_express(x: Tensor) -> Tensor:
     """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
@@ -342,9 +335,8 @@ class Bank:
 
     def load_state_dict(self, whole: dict[str, Tensor]):
         for name, part in {"master": self.master, **self.state}.items():
-            parts = part.new_zeros(self.world.size, part.numel())
-            parts.view(-1)[:len(whole[name])] = whole[name].to(part.device)
-            part.copy_(parts[self.world.rank].view_as(part))
+            saved = whole[name][self.world.rank * part.numel():][:part.numel()]
+            part.view(-1)[:len(saved)] = saved
         self.grads[:self.used] = whole["grads"].to(self.grads.device) / self.world.size  # they are added up again
         self.gather()
         self.wait()
