@@ -33,7 +33,6 @@ import re
 import signal
 import sys
 import types
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -129,9 +128,9 @@ class Dataset:
             digest.update(f"{path.name} {tokens}\n".encode() + shard[:1 << 15].tobytes() + shard[-1 << 15:].tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def read(self, path: Path) -> np.ndarray:
-        """The tokens of one shard, uint16 (tokens,)."""
-        tokens = np.fromfile(path, dtype=np.uint16, offset=1024)
+    def read(self, path: Path, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of one shard, or fewer where it ends, uint16."""
+        tokens = np.fromfile(path, dtype=np.uint16, count=count, offset=1024 + 2 * start)
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(f"{path} has token {tokens.max()}: make it again, or correct vocab_size in dataset.json")
         return tokens
@@ -171,11 +170,9 @@ class TrainLoader:
     epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
     micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
-        self.dataset, self.world, self.thread, self.loaded = dataset, world, ThreadPoolExecutor(1), {}
+        self.dataset, self.world, self.position, self.pieces = dataset, world, 0, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
-        self.position = self.pieces = 0
-        self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train]).tolist()
-        self.epoch_tokens = self.ends[-1]
+        *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
         if not self.epoch_tokens:
             raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
 
@@ -184,15 +181,12 @@ class TrainLoader:
         return self.position // self.epoch_tokens + 1
 
     def read(self, position: int, count: int) -> np.ndarray:
-        """Tokens [position, position + count) of the stream, uint16. The next shard is read in a thread."""
+        """Tokens [position, position + count) of the stream, uint16."""
         parts = []
         while count:
             offset = position % self.epoch_tokens
-            index = bisect.bisect_right(self.ends, offset)
-            self.loaded = {i: self.loaded.get(i) or self.thread.submit(self.dataset.read, self.dataset.train[i])
-                           for i in (index, (index + 1) % len(self.ends))}
-            shard = self.loaded[index].result()
-            parts.append(shard[offset - self.ends[index]:][:count])
+            index = bisect.bisect_right(self.starts, offset) - 1
+            parts.append(self.dataset.read(self.dataset.train[index], offset - self.starts[index], count))
             position, count = position + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
@@ -225,7 +219,7 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
     if not 0 < row_tokens <= tokens < available or tokens % row_tokens:
         raise UserError(f"--val-tokens {tokens} must be a multiple of --val-row-tokens {row_tokens}, and less than the "
                         f"{available} tokens of the validation shards in {dataset.folder}")
-    stream = np.concatenate([dataset.read(path) for path in dataset.val])[:tokens + 1]
+    stream = np.concatenate([dataset.read(path, 0, tokens + 1) for path in dataset.val])[:tokens + 1]
     rows, _ = cut_rows(stream, dataset.separator, tokens // row_tokens, row_tokens, row_tokens, "continue")
     return [pack(stream, pieces, world.device) for pieces in rows[world.rank::world.size]]
 
@@ -1814,7 +1808,6 @@ class Run:
             self.restore(self.resumed)
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
-        self.loader.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
         self.last_report, epoch = self.seconds, self.loader.epoch
         gc.freeze()
         gc.enable()
