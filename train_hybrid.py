@@ -31,10 +31,8 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import types
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -102,16 +100,11 @@ def atomic_save(state: dict, path: Path):
 
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
-    header, size = np.fromfile(path, dtype=np.int32, count=256), path.stat().st_size
-    if len(header) < 256 or header[0] != 20240520:
-        fault = "is no token shard (it does not begin with 20240520)"
-    elif header[1] != 1:
-        fault = f"is of shard version {header[1]}, and this script reads version 1"
-    elif size != 1024 + 2 * int(header[2]):
-        fault = f"holds {(size - 1024) / 2:g} tokens, and its header says {header[2]}"
-    else:
-        return int(header[2])
-    raise UserError(f"{path} {fault}: download it or make it again")
+    header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
+    if header[:3] != [20240520, 1, held]:
+        raise UserError(f"{path} holds {held:g} tokens and begins with {header[:3]}, not with 20240520, version 1 and "
+                        "the number of tokens: download it or make it again")
+    return header[2]
 
 class Dataset:
     """A folder of shards, `*_train_*.bin` and `*_val_*.bin`, with an optional dataset.json (GPT-2 BPE without one)."""
@@ -135,9 +128,9 @@ class Dataset:
             digest.update(f"{path.name} {tokens}\n".encode() + shard[:1 << 15].tobytes() + shard[-1 << 15:].tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def read(self, path: Path) -> np.ndarray:
-        """The tokens of one shard, uint16 (tokens,)."""
-        tokens = np.fromfile(path, dtype=np.uint16, offset=1024)
+    def read(self, path: Path, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of one shard, or fewer where it ends, uint16."""
+        tokens = np.fromfile(path, dtype=np.uint16, count=count, offset=1024 + 2 * start)
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(f"{path} has token {tokens.max()}: make it again, or correct vocab_size in dataset.json")
         return tokens
@@ -177,11 +170,9 @@ class TrainLoader:
     epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
     micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
-        self.dataset, self.world, self.thread, self.loaded = dataset, world, ThreadPoolExecutor(1), {}
+        self.dataset, self.world, self.position, self.pieces = dataset, world, 0, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
-        self.position = self.pieces = 0
-        self.ends = np.cumsum([dataset.tokens[path] for path in dataset.train]).tolist()
-        self.epoch_tokens = self.ends[-1]
+        *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
         if not self.epoch_tokens:
             raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
 
@@ -190,15 +181,12 @@ class TrainLoader:
         return self.position // self.epoch_tokens + 1
 
     def read(self, position: int, count: int) -> np.ndarray:
-        """Tokens [position, position + count) of the stream, uint16. The next shard is read in a thread."""
+        """Tokens [position, position + count) of the stream, uint16."""
         parts = []
         while count:
             offset = position % self.epoch_tokens
-            index = bisect.bisect_right(self.ends, offset)
-            self.loaded = {i: self.loaded.get(i) or self.thread.submit(self.dataset.read, self.dataset.train[i])
-                           for i in (index, (index + 1) % len(self.ends))}
-            shard = self.loaded[index].result()
-            parts.append(shard[offset - self.ends[index]:][:count])
+            index = bisect.bisect_right(self.starts, offset) - 1
+            parts.append(self.dataset.read(self.dataset.train[index], offset - self.starts[index], count))
             position, count = position + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
@@ -231,7 +219,7 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
     if not 0 < row_tokens <= tokens < available or tokens % row_tokens:
         raise UserError(f"--val-tokens {tokens} must be a multiple of --val-row-tokens {row_tokens}, and less than the "
                         f"{available} tokens of the validation shards in {dataset.folder}")
-    stream = np.concatenate([dataset.read(path) for path in dataset.val])[:tokens + 1]
+    stream = np.concatenate([dataset.read(path, 0, tokens + 1) for path in dataset.val])[:tokens + 1]
     rows, _ = cut_rows(stream, dataset.separator, tokens // row_tokens, row_tokens, row_tokens, "continue")
     return [pack(stream, pieces, world.device) for pieces in rows[world.rank::world.size]]
 
@@ -252,13 +240,11 @@ class ParamGroup:
     tied_to: str = ""  # the parameter with which this group's only one shares gradients while the run is tied
 
 # Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar_express(x: Tensor) -> Tensor:
     """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
@@ -343,9 +329,8 @@ class Bank:
 
     def load_state_dict(self, whole: dict[str, Tensor]):
         for name, part in {"master": self.master, **self.state}.items():
-            parts = part.new_zeros(self.world.size, part.numel())
-            parts.view(-1)[:len(whole[name])] = whole[name].to(part.device)
-            part.copy_(parts[self.world.rank].view_as(part))
+            saved = whole[name][self.world.rank * part.numel():][:part.numel()]
+            part.view(-1)[:len(saved)] = saved
         self.grads[:self.used] = whole["grads"].to(self.grads.device) / self.world.size  # they are added up again
         self.gather()
         self.wait()
@@ -414,13 +399,12 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
-# A backend is a forward (q, k, v, mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, mask) -> (dq, dk,
-# dv), with shapes as in varlen_attention; `mask` holds the other arguments under the names that flash-attn gives them.
+# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
+# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
 
-def reference_blocks(q, k, mask, block=256):
+def reference_blocks(q, k, cu_seqlens, longest, window, scale, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-    cu_seqlens, window = mask["cu_seqlens_q"], mask["window_size_left"] + 1
     index = torch.arange(len(q), device=q.device)
     first = cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]  # where each token's document begins
     for start in range(0, len(q), block):
@@ -428,66 +412,54 @@ def reference_blocks(q, k, mask, block=256):
         keys = slice(max(start - window + 1, first[start].item()), queries.stop)
         i, j = index[queries, None], index[None, keys]
         visible = (j <= i) & (j > i - window) & (j >= first[queries, None])
-        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * mask["softmax_scale"]
+        scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * scale
         yield queries, keys, scores.masked_fill(~visible, -math.inf)
 
-def reference_forward(q, k, v, mask):
+def reference_forward(q, k, v, *mask):
     out, lse = v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)
-    for queries, keys, scores in reference_blocks(q, k, mask):
+    for queries, keys, scores in reference_blocks(q, k, *mask):
         probs = scores.softmax(-1)
         out[queries] = torch.einsum("hqk,khd->qhd", probs, v[keys].to(probs.dtype)).to(v.dtype)
         lse[:, queries] = scores.logsumexp(-1)
     return out, lse
 
-def reference_backward(dout, q, k, v, out, lse, mask):
+def reference_backward(dout, q, k, v, out, lse, *mask):
     dtypes = q.dtype, k.dtype, v.dtype
     dout, q, k, v, out = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v, out))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    for queries, keys, scores in reference_blocks(q, k, mask):
+    for queries, keys, scores in reference_blocks(q, k, *mask):
         probs, douts = scores.softmax(-1), dout[queries]
         dv[keys] += torch.einsum("hqk,qhd->khd", probs, douts)
         dprobs = torch.einsum("qhd,khd->hqk", douts, v[keys])
-        dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask["softmax_scale"]
+        dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask[-1]
         dq[queries] = torch.einsum("hqk,khd->qhd", dscores, k[keys])
         dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
     return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
 
-def flash_attn(module: str, forward: str, backward: str, names: dict, forward_options: dict, backward_options: dict):
-    """(forward, backward, module) from a flash-attn package; `names`: how its backward calls our lse and causal."""
-    def run_forward(q, k, v, mask):
-        function = getattr(importlib.import_module(module), forward)
-        return function(q, k, v, causal=True, **forward_options, **mask)[:2]
+def flash_attn_options(borders, longest, window, scale) -> dict:
+    return dict(cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
+                softmax_scale=scale, window_size_left=window - 1, window_size_right=0)
 
-    def run_backward(dout, q, k, v, out, lse, mask):
-        function = getattr(importlib.import_module(module), backward)
-        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        function(dout=dout, q=q, k=k, v=v, out=out, **{names["lse"]: lse, names["causal"]: True}, **grads,
-                 **backward_options, **mask)
-        return tuple(grads.values())
-    return run_forward, run_backward, module
+def flash_attn_forward(q, k, v, *mask):
+    from flash_attn.cute.interface import _flash_attn_fwd
+    return _flash_attn_fwd(q, k, v, return_lse=True, **flash_attn_options(*mask))[:2]
 
-def torch_arguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **window):
-    """A mask for the operators behind torch.nn.attention.varlen.varlen_attn."""
-    return (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False), {"scale": softmax_scale, **window}
+def flash_attn_backward(dout, q, k, v, out, lse, *mask):
+    from flash_attn.cute.interface import _flash_attn_bwd
+    return _flash_attn_bwd(q, k, v, out, dout, lse, **flash_attn_options(*mask))[:3]
 
-def torch_forward(q, k, v, mask):
-    args, options = torch_arguments(**mask)
-    return torch.ops.aten._flash_attention_forward(q, k, v, *args, return_debug_mask=False, **options)[:2]
+def torch_forward(q, k, v, borders, longest, window, scale):  # what torch.nn.attention.varlen.varlen_attn calls
+    return torch.ops.aten._flash_attention_forward(q, k, v, borders, borders, longest, longest, 0.0, False, False,
+                                                   scale=scale, window_size_left=window - 1, window_size_right=0)[:2]
 
-def torch_backward(dout, q, k, v, out, lse, mask):
-    args, options = torch_arguments(**mask)
+def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, *args, *no_dropout, **options)
+    return torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, borders, borders, longest, longest, 0.0, False, *no_dropout, scale=scale,
+        window_size_left=window - 1, window_size_right=0)
 
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
-    "flash-attn-4": (*flash_attn("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd",
-                                 {"lse": "lse", "causal": "causal"}, {"return_lse": True}, {}), (9, 0)),
-    "flash-attn-3": (*flash_attn("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward",
-                                 {"lse": "softmax_lse", "causal": "is_causal"}, {}, {}), (8, 0)),
-    "flash-attn-2": (*flash_attn("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward",
-                                 "_flash_attn_varlen_backward", {"lse": "softmax_lse", "causal": "causal"},
-                                 {"dropout_p": 0.0}, {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None,
-                                                      "deterministic": False}), (8, 0)),
+    "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
     "reference": (reference_forward, reference_backward, "torch", (0, 0)),
 }
@@ -508,21 +480,16 @@ def choose_attention(name: str, device: torch.device) -> str:
             reason = f"does not import ({type(error).__name__}: {' '.join(str(error).split())})"
     raise UserError(f"--attention {name} {reason}: leave it at auto, or choose another")
 
-def attention_mask(cu_seqlens, max_seqlen, window, scale) -> dict:
-    return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen.item(),
-                max_seqlen_k=max_seqlen.item(), softmax_scale=scale.item(), window_size_left=window.item() - 1,
-                window_size_right=0)
-
 @torch.library.custom_op(f"{SCRIPT.stem}::attention", mutates_args=())  # named by script: a test imports two
 def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
                  scale: Tensor) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, attention_mask(cu_seqlens, max_seqlen, window, scale))
+    return attention_forward(q, k, v, cu_seqlens, max_seqlen.item(), window.item(), scale.item())
 
 @torch.library.custom_op(f"{SCRIPT.stem}::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
                           max_seqlen: Tensor, window: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mask = attention_mask(cu_seqlens, max_seqlen, window, scale)
-    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, mask))
+    mask = cu_seqlens, max_seqlen.item(), window.item(), scale.item()
+    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, *mask))
 
 attention_op.register_fake(lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float)))
 attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
@@ -1483,7 +1450,7 @@ class Hyperparameters:
     val_row_tokens: int = 65_536  # validation tokens in a forward pass; such rows cut documents, so the loss changes
     val_every: int = 125  # steps between validations, which are not timed (0: only at the end)
     optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for everything, as architecture papers have it
-    attention: Literal["auto", "flash-attn-4", "flash-attn-3", "flash-attn-2", "torch", "reference"] = "auto"  # backend
+    attention: Literal["auto", "flash-attn-4", "torch", "reference"] = "auto"  # backend
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; by default on a GPU
     out: str = "logs"  # folder for the run's log
     checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
@@ -1755,8 +1722,7 @@ class Run:
             "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
             "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
             "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state(),
-        }
+            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1804,26 +1770,19 @@ class Run:
         return text[:length]
 
     def environment(self) -> dict:
-        def git(*command):
-            done = subprocess.run(["git", *command], capture_output=True, text=True, cwd=SCRIPT.parent)
-            return done.stdout.strip() if done.returncode == 0 else None
-
         cpuinfo = Path("/proc/cpuinfo")
-        cpu = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-        cpu = f"{cpu[1] if cpu else platform.machine()} CPU"
+        cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git("rev-parse", "HEAD"), "git_changes": git("status", "--porcelain", "-uno"),
             "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
             "cuda": torch.version.cuda, "numpy": np.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None),
-            "device": torch.cuda.get_device_name() if self.world.gpu else cpu,
+            "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",
             "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
             "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
             "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
-            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "params": self.model.num_params(),
-            "args": self.flags,
-        }
+            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "args": self.flags,
+            "params": self.model.num_params()}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
@@ -1837,7 +1796,6 @@ class Run:
             self.restore(self.resumed)
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
-        self.loader.read(self.loader.position, 1)  # the first shard is in memory before the clock starts
         self.last_report, epoch = self.seconds, self.loader.epoch
         gc.freeze()
         gc.enable()

@@ -187,7 +187,7 @@ def test_backends_are_named_by_the_flag():
     assert set(annotation.__args__) == {"auto", *gpt.ATTENTION_BACKENDS}
 
 
-@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "flash-attn-2", "torch"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "torch"])
 def test_forcing_a_gpu_backend_on_a_cpu_is_refused_in_one_line(name):
     with pytest.raises(gpt.UserError, match=f"--attention {name} needs a GPU") as refusal:
         gpt.choose_attention(name, CPU)
@@ -196,39 +196,35 @@ def test_forcing_a_gpu_backend_on_a_cpu_is_refused_in_one_line(name):
 
 def test_auto_takes_the_fastest_that_imports_and_runs(monkeypatch):
     device = pretend_gpu(monkeypatch)
-    names = {"flash-attn-4": "flash_attn.cute.interface", "flash-attn-3": "flash_attn_interface",
-             "flash-attn-2": "flash_attn.flash_attn_interface"}
-    hide(monkeypatch, *names.values())
+    hide(monkeypatch, "flash_attn.cute.interface")
     assert gpt.choose_attention("auto", device) == "torch"
-    for parent in ("flash_attn", "flash_attn.cute"):
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    for name in reversed(names):
-        monkeypatch.setitem(sys.modules, names[name], types.ModuleType(names[name]))
-        assert gpt.choose_attention("auto", device) == name
+    for module in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    assert gpt.choose_attention("auto", device) == "flash-attn-4"
     pretend_gpu(monkeypatch, (8, 0))
-    assert gpt.choose_attention("auto", device) == "flash-attn-3"  # flash-attn-4 is for Hopper and newer
+    assert gpt.choose_attention("auto", device) == "torch"  # flash-attn-4 is for Hopper and newer
     pretend_gpu(monkeypatch, (7, 5))
     assert gpt.choose_attention("auto", device) == "reference"
 
 
 def test_a_backend_that_does_not_import_is_refused_in_one_line(monkeypatch):
-    hide(monkeypatch, "flash_attn_interface")
-    with pytest.raises(gpt.UserError, match="--attention flash-attn-3 does not import") as refusal:
-        gpt.choose_attention("flash-attn-3", pretend_gpu(monkeypatch))
+    hide(monkeypatch, "flash_attn")
+    with pytest.raises(gpt.UserError, match="--attention flash-attn-4 does not import") as refusal:
+        gpt.choose_attention("flash-attn-4", pretend_gpu(monkeypatch))
     assert "\n" not in str(refusal.value)
 
 
 def test_a_backend_whose_import_raises_many_lines_is_refused_in_one(monkeypatch, tmp_path):
     """As a package does that was built for another CUDA: an ImportError or OSError of several lines."""
-    (tmp_path / "flash_attn_interface.py").write_text(r"raise OSError('undefined symbol:\n  _ZN3c10\n  in libfoo.so')")
+    (tmp_path / "flash_attn.py").write_text(r"raise OSError('undefined symbol:\n  _ZN3c10\n  in libfoo.so')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     with pytest.raises(gpt.UserError, match="does not import") as refusal:
-        gpt.choose_attention("flash-attn-3", pretend_gpu(monkeypatch))
+        gpt.choose_attention("flash-attn-4", pretend_gpu(monkeypatch))
     assert "\n" not in str(refusal.value)
 
 
-# Stand-ins with the signatures of flash-attn 4, 3 and 2 show that the wiring is right where the packages do not run
+# A stand-in with the signature of flash-attn 4 shows that the wiring is right where the package does not run
 
 
 def stand_in_forward(q, k, v, cu_q, cu_k, longest_q, longest_k, scale, causal, left, right):
@@ -273,60 +269,15 @@ def flash_attn_4():
     return "flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd
 
 
-def flash_attn_3():
-    def _flash_attn_forward(
-            q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
-            cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
-            page_table=None, kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None,
-            q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1,
-            window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None,
-            num_splits=1, pack_gqa=None, sm_margin=0):
-        assert not any((k_new, v_new, qv, out_, seqused_q, seqused_k, page_table, leftpad_k, attention_chunk, softcap))
-        return *stand_in_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                                 window_size_left, window_size_right), None, None
-
-    def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
-            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
-        assert not any((sequed_q, sequed_k, softcap))
-        stand_in_backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                          max_seqlen_k, softmax_scale, is_causal, window_size_left, window_size_right)
-
-    return "flash_attn_interface", _flash_attn_forward, _flash_attn_backward
-
-
-def flash_attn_2():
-    def _flash_attn_varlen_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-            block_table=None, leftpad_k=None, seqused_k=None):
-        assert not any((dropout_p, softcap, alibi_slopes, return_softmax, block_table, leftpad_k, seqused_k))
-        return *stand_in_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                                 window_size_left, window_size_right), None, None
-
-    def _flash_attn_varlen_backward(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-            rng_state=None, zero_tensors=False):
-        assert not any((dropout_p, softcap, alibi_slopes))
-        stand_in_backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                          max_seqlen_k, softmax_scale, causal, window_size_left, window_size_right)
-
-    return "flash_attn.flash_attn_interface", _flash_attn_varlen_forward, _flash_attn_varlen_backward
-
-
-@pytest.mark.parametrize("name, package", [
-    ("flash-attn-4", flash_attn_4), ("flash-attn-3", flash_attn_3), ("flash-attn-2", flash_attn_2)])
-def test_flash_attn_is_called_as_its_signature_says(monkeypatch, name, package):
-    path, *functions = package()
+def test_flash_attn_is_called_as_its_signature_says(monkeypatch):
+    path, *functions = flash_attn_4()
     module = types.ModuleType(path)
     for function in functions:
         setattr(module, function.__name__, function)
     for parent in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     monkeypatch.setitem(sys.modules, path, module)
-    assert gpt.choose_attention(name, pretend_gpu(monkeypatch)) == name
+    assert gpt.choose_attention("flash-attn-4", pretend_gpu(monkeypatch)) == "flash-attn-4"
     lengths, window = (1, 2, 70, 0, 57), 20
     qkv = random_qkv(sum(lengths), dtype=torch.float32)
     got = with_gradients(lambda *x: gpt.varlen_attention(*x, borders(lengths), 70, window, SCALE), qkv)
@@ -341,7 +292,7 @@ def test_flash_attn_is_called_as_its_signature_says(monkeypatch, name, package):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [128, 1000])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["flash-attn-4", "flash-attn-3", "flash-attn-2", "torch"])
+@pytest.mark.parametrize("name", ["flash-attn-4", "torch"])
 def test_gpu_backend_is_close_to_naive_attention(name, head_dim, window):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")

@@ -1,7 +1,6 @@
 """Tests of the training script's data section: shards, the token stream, packed batches and validation rows."""
 
 import json
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,16 +21,15 @@ def one_of(size: int, rank: int = 0) -> SimpleNamespace:
 
 
 class Shards:
-    """A stand-in for gpt.Dataset: shards in memory, and what was read of them, in which thread."""
+    """A stand-in for gpt.Dataset: shards in memory."""
 
     def __init__(self, shards: list):
-        self.train, self.separator, self.reads = list(range(len(shards))), SEPARATOR, []
+        self.train, self.separator = list(range(len(shards))), SEPARATOR
         self.shards = [np.asarray(shard, np.uint16) for shard in shards]
         self.tokens = {i: len(shard) for i, shard in enumerate(self.shards)}
 
-    def read(self, index: int) -> np.ndarray:
-        self.reads.append((index, threading.get_ident()))
-        return self.shards[index]
+    def read(self, index: int, start: int, count: int) -> np.ndarray:
+        return self.shards[index][start:start + count]
 
 
 def documents(lengths: list[int]) -> list[int]:
@@ -203,38 +201,6 @@ def test_position_is_all_there_is_to_restore(tails):
     assert train.epoch > 3
 
 
-def test_the_next_shard_is_read_ahead_in_a_thread_while_this_one_is_used():
-    class Slow(Shards):
-        begun, may_end = threading.Event(), threading.Event()
-
-        def read(self, index):
-            if index == 1:
-                self.begun.set()
-                assert self.may_end.wait(20)
-            return super().read(index)
-
-    dataset = Slow(cut(MIXED, 100, 200))
-    train = loader(dataset, 10)
-    for _ in range(9):  # does not wait for the second shard
-        train.next(10, 10)
-    assert dataset.begun.wait(20)
-    dataset.may_end.set()
-    train.next(10, 10)
-    train.next(10, 10)
-    assert [index for index, _ in dataset.reads][:2] == [0, 1]
-    assert threading.get_ident() not in {thread for _, thread in dataset.reads}
-
-
-def test_every_shard_is_read_once_per_epoch():
-    dataset = Shards(cut(MIXED, 100, 200))
-    train = loader(dataset, 10)
-    while train.epoch < 4:
-        train.next(20, 10)
-    train.next(20, 10)
-    train.thread.shutdown(wait=True)
-    assert [index for index, _ in dataset.reads] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_validation_rows_are_the_first_val_tokens_whatever_the_world_size(size, tmp_path, write_folder):
     folder = write_folder(tmp_path, [MIXED], cut(MIXED[4:], 50, 120), vocab_size=300, document_separator=SEPARATOR)
@@ -264,7 +230,7 @@ def assert_helpful(error, *words: str):
 
 @pytest.mark.parametrize("broken, words", [
     ({"magic": 20240519}, ("20240520", "make it again")),
-    ({"version": 2}, ("version 2", "version 1", "again")),
+    ({"version": 2}, ("[20240520, 2, 10]", "version 1", "again")),
     ({"count": 9}, ("10 tokens", "9", "make it again")),
     ({"count": 11}, ("10 tokens", "11", "make it again")),
 ])
@@ -282,7 +248,7 @@ def test_shard_with_half_a_token_too_many_is_refused(tmp_path, write_folder, wri
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(gpt.UserError) as error:
         gpt.Dataset(str(tmp_path))
-    assert_helpful(error, str(path), "10.5 tokens", "says 10")
+    assert_helpful(error, str(path), "10.5 tokens", "[20240520, 1, 10]")
 
 
 @pytest.mark.parametrize("content", [b"", b"too short for a header", b"<!doctype html>" * 100])
@@ -347,7 +313,7 @@ def test_without_dataset_json_the_shards_are_gpt2(tmp_path, write_folder):
     dataset = gpt.Dataset(str(write_folder(tmp_path / "fineweb10B", [[50256, 1, 1]], [[50256, 1]])))
     assert (dataset.vocab_size, dataset.separator, dataset.about["tokenizer"]) == (50257, 50256, "gpt2")
     assert dataset.about["name"] == "fineweb10B"
-    assert dataset.read(dataset.train[0]).tolist() == [50256, 1, 1]
+    assert dataset.read(dataset.train[0], 0, 9).tolist() == [50256, 1, 1]
 
 
 def test_shards_are_read_in_the_order_of_their_names(tmp_path, write_folder):

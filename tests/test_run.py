@@ -489,7 +489,7 @@ def test_data_that_is_not_there_is_refused(tmp_path, refusal):
     (["--row-tokens", "100"], ["--row-tokens", "100"]),
     (["--layers", "s x"], ["--layers", "s x"]),
     (["--num-heads", "3"], ["--num-heads", "3"]),
-    (["--attention", "flash-attn-3"], ["--attention flash-attn-3"]),
+    (["--attention", "flash-attn-4"], ["--attention flash-attn-4"]),
 ])
 def test_flags_that_cannot_be_are_refused(others, named, refusal):
     error = refusal(*others)
