@@ -541,25 +541,20 @@ if triton:
         grad = (tl.exp(23 * chosen) * (weight_sum / total) - same) * chosen * (1 - chosen) * (23 / 7.5)
         tl.store(logits + target, grad.to(logits.dtype.element_ty), ahead < AHEAD)
 
-@torch.library.custom_op(f"{SCRIPT.stem}::softcap_loss", mutates_args=())
-def softcap_loss_op(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Model.loss, behind its norm, and its gradient by the logits. The logits are stored once and read twice: 28.6 ms
-    forward and backward at 65,536 tokens, where the compiled Model.loss takes 37.4 (H100)."""
-    logits, losses = F.linear(x, head), torch.empty(len(x), device=x.device)
-    softcap_loss_kernel[len(x),](logits, targets, weights, counts, losses, len(head), targets.size(1), BLOCK=2048)
-    return losses.sum(), logits
+class SoftcapLoss(torch.autograd.Function):
+    """Model.loss behind its norm. The logits are stored once, read twice, and become their own gradient: 28.6 ms forward
+    and backward at 65,536 tokens and 50,304 rows, where the compiled Model.loss takes 37.4 (H100)."""
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, counts):
+        logits, losses = F.linear(x, head), torch.empty(len(x), device=x.device)
+        softcap_loss_kernel[len(x),](logits, targets, weights, counts, losses, len(head), targets.size(1), BLOCK=2048)
+        ctx.save_for_backward(x, head, logits)
+        return losses.sum()
 
-softcap_loss_op.register_fake(lambda x, head, *_: (x.new_empty((), dtype=torch.float), x.new_empty(len(x), len(head))))
-
-def softcap_loss_backward(ctx, dloss, _):
-    x, head, grad = ctx.saved_tensors
-    return (dloss * (grad @ head)).to(x.dtype), (dloss * (grad.T @ x)).to(head.dtype), None, None, None
-
-softcap_loss_op.register_autograd(
-    softcap_loss_backward,
-    setup_context=lambda ctx, inputs, output: (
-        ctx.save_for_backward(*inputs[:2], output[1]), ctx.mark_non_differentiable(output[1]),
-        ctx.set_materialize_grads(False)))  # or zeros as large as the logits are made for the second output
+    @staticmethod
+    def backward(ctx, dloss):
+        x, head, grad = ctx.saved_tensors
+        return (dloss * (grad @ head)).to(x.dtype), (dloss * (grad.T @ x)).to(head.dtype), None, None, None
 
 class Lookup(torch.autograd.Function):
     """Rows (T,) of a table (V, D) -> (T, D). The gradient goes straight into table.grad, where there is one: none as
@@ -1277,14 +1272,16 @@ class Model(nn.Module):
         """Compiles parts, not the whole: blocks of one kind share a graph."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.embed, self.loss = (torch.compile(f, dynamic=False, fullgraph=True) for f in (self.embed, self.loss))
+        self.embed = torch.compile(self.embed, dynamic=False, fullgraph=True)
+        if not self.args.extras:  # whose loss has a kernel
+            self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
-    def pairs(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(row of the bigram table, of its signs), (T,) each, for tokens with the one before in their document. Pairs
-        share rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
+    def bigram(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows (T, D) of the table, rows (T,) of signs), for tokens with the one before in their document. Pairs share
+        rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return row, (tokens ^ before) % len(self.signs)
+        return Lookup.apply(self.bigram_table, row), (tokens ^ before) % len(self.signs)
 
     def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
         """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
@@ -1295,7 +1292,7 @@ class Model(nn.Module):
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
-        index, bigram, sign = torch.arange(len(tokens), device=tokens.device), None, None
+        index = torch.arange(len(tokens), device=tokens.device)
         position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
         local, whole = (position[:, None, None, None] * f for f in (self.local_frequencies, self.global_frequencies))
         log_seen = torch.minimum(position + 1, stage.reach).float().log()[:, None, None, None]
@@ -1303,9 +1300,7 @@ class Model(nn.Module):
                           log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
         if self.args.compile:
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
-        if self.args.bigram_rows:
-            row, sign = self.pairs(tokens, position)
-            bigram = Lookup.apply(self.bigram_table, row)
+        bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
         x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
         x, kv = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
@@ -1333,7 +1328,7 @@ class Model(nn.Module):
     def loss(self, head: Tensor, counts: Tensor, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross-entropy of x (T, D) for targets (T, ahead), rows of `head`, by weights (T, ahead), summed, 0-D fp32."""
         if triton and x.is_cuda and self.args.extras:
-            return softcap_loss_op(norm(x), head, targets, weights, counts)[0]
+            return SoftcapLoss.apply(norm(x), head, targets, weights, counts)
         others = torch.where(torch.arange(len(head), device=x.device) < counts[0], 0.0, counts[1].log())
         logits, pairs = self.logits(x, head) + others, zip(targets.unbind(1), weights.unbind(1))
         return sum(weight @ F.cross_entropy(logits, target, reduction="none") for target, weight in pairs)
@@ -1770,11 +1765,13 @@ class Run:
         return text[:length]
 
     def environment(self) -> dict:
+        git = subprocess.run(["git", "-C", SCRIPT.parent, "describe", "--always", "--dirty", "--abbrev=40",
+                              "--exclude=*"], capture_output=True, text=True)
         cpuinfo = Path("/proc/cpuinfo")
         cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+            "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
             "cuda": torch.version.cuda, "numpy": np.__version__,
             "triton": getattr(sys.modules.get("triton"), "__version__", None),
             "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",

@@ -37,7 +37,7 @@ def compare(script, sizes, dtype, device, tolerance):
     targets[0], weights[1], targets[2] = 5, 0.0, vocab - 1  # one token several times; no weight; the last column
     for known, others in ((vocab, 1.0), (vocab // 3, 2.5)):  # a whole softmax, and a sampled one
         targets, counts = targets.clamp(max=known - 1), torch.tensor([known, others], device=device)
-        got = run(lambda *inputs: script.softcap_loss_op(*inputs)[0], x, head, targets, weights, counts)
+        got = run(lambda *inputs: script.SoftcapLoss.apply(*inputs), x, head, targets, weights, counts)
         for result, want in zip(got, run(plain_loss, x.double(), head.double(), targets, weights, counts)):
             assert (result.double() - want).norm() < tolerance * want.norm()
 
