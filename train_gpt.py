@@ -951,23 +951,17 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
-        if min(args.row_tokens, args.micro_batch_tokens, args.loss_chunk_tokens, *self.batches) < 1:
-            raise UserError("rows, batches, micro-batches and chunks need one token at the least")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
-        if any(batch % (args.row_tokens * world.size) for batch in self.batches):
+        if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
             raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
                             f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
         self.steps = int(args.max_tokens / (parts @ self.batches))
         if self.steps < 1:
             raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")
         self.ends = np.round(np.cumsum(parts) * self.steps).astype(int).tolist()
-        self.tokens = self.tokens_until(self.steps)
-
-    def tokens_until(self, step: int) -> int:
-        """Tokens trained on before `step`."""
-        rows = zip([0, *self.ends], self.ends, self.batches)
-        return sum(max(0, min(step, end) - start) * batch_tokens for start, end, batch_tokens in rows)
+        batch_of_step = np.repeat(self.batches, np.diff(self.ends, prepend=0))
+        self.tokens_before = [0, *np.cumsum(batch_of_step).tolist()]  # each step; and, last, after the run
 
     def stage(self, step: int) -> tuple[int, float]:
         """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
@@ -997,12 +991,11 @@ class Run:
         self.model = Model(args, self.data.vocab_size, world.device, world.dtype)
         groups = self.model.param_groups()
         if args.optimizer == "adamw":
-            decay = {"muon": args.adamw_weight_decay, "adam": 0.0}
             groups = [replace(group, method="adam", lr=args.adamw_lr, betas=(0.9, 0.95), every=1, cautious=False,
-                              weight_decay=decay[group.method]) for group in groups]
+                              weight_decay=args.adamw_weight_decay * (group.method == "muon")) for group in groups]
         self.model.initialise(args.seed)
         self.optimizer = Optimizer(groups, world, args.compile)
-        self.step, self.seconds, self.val_loss = 0, 0.0, math.nan
+        self.step, self.seconds, self.start = 0, 0.0, None  # start: since when the clock runs, if it does
         self.unread, self.last_report, self.saved, self.file = None, 0.0, None, None
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
         if world.rank == 0:
@@ -1041,15 +1034,22 @@ class Run:
             bank.reset()
 
     def validate(self) -> float:
-        """Mean cross-entropy of the next token over the validation set, nats."""
+        """Mean cross-entropy of the next token over the validation set, nats. Stops the clock."""
+        self.stop_clock()
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.val_rows:
             total += self.model(*batch, stage).detach()  # under no_grad all graphs would be compiled once more
-        return self.world.sum(total).item() / self.args.val_tokens
+        loss = self.world.sum(total).item() / self.args.val_tokens
+        self.check_finite("validation", loss, self.step)
+        self.log(f"step:{self.step}/{self.schedule.steps} val_loss:{loss:.4f} train_time:{self.seconds:.3f}s")
+        return loss
 
     def train_step(self):
         """One step of the optimiser. On a GPU its loss is read a step later, so that it never waits for the log."""
+        if self.start is None:
+            self.world.barrier()
+            self.began, self.start = self.world.mark(), time.perf_counter()
         index, progress = self.schedule.stage(self.step)
         row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
         report = torch.zeros(2, device=self.world.device)
@@ -1079,13 +1079,12 @@ class Run:
         self.check_finite("training", loss, step)
         self.stop |= stop > 0
         now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
-        done = self.schedule.tokens_until(step)
+        done = self.schedule.tokens_before[step]
         seconds, self.last_report = now - self.last_report, now
-        utilisation = self.utilisation(batch_tokens / seconds)
-        mfu = f" mfu:{utilisation:.3f}" if utilisation else ""
+        mfu = f" mfu:{share:.3f}" if (share := self.utilisation(batch_tokens / seconds)) else ""
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
                  f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
-                 f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
+                 f"ends_in:{(self.schedule.tokens_before[-1] / done - 1) * now:.0f}s")
 
     def check_finite(self, kind: str, loss: float, step: int):
         if not math.isfinite(loss):
@@ -1096,17 +1095,15 @@ class Run:
         """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
         name = torch.cuda.get_device_name() if self.world.gpu else ""
         peak = next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-        context = round(self.schedule.tokens_until(self.step) / max(1, self.loader.pieces))
+        context = round(self.schedule.tokens_before[self.step] / max(1, self.loader.pieces))
         return peak and self.model.flops_per_token(context) * tokens_per_second / (peak * self.world.size)
 
-    def start_clock(self):
-        self.world.barrier()
-        self.began, self.start = self.world.mark(), time.perf_counter()
-
     def stop_clock(self):
-        self.read_report()
-        self.world.barrier()
-        self.seconds += time.perf_counter() - self.start  # of steps and their waits for data, and nothing else
+        if self.start is not None:
+            self.read_report()
+            self.world.barrier()
+            self.seconds += time.perf_counter() - self.start  # of steps and their waits for data, and nothing else
+            self.start = None
 
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
@@ -1185,7 +1182,7 @@ class Run:
         self.log(f"{SCRIPT.read_text()}{'=' * 100}\n{json.dumps(environment)}\n{'=' * 100}", console=False)
         self.log(f"{SCRIPT.name} on {self.world.size} x {environment['device']}, attention {self.attention}, data "
                  f"{self.data.about['name']}: {environment['params']['total'] / 1e6:.1f}M parameters, {steps} steps, "
-                 f"{self.schedule.tokens / 1e6:.1f}M tokens, target {args.target}")
+                 f"{self.schedule.tokens_before[-1] / 1e6:.1f}M tokens, target {args.target}")
         if args.compile:
             self.warm_up()
         if self.resumed:
@@ -1196,16 +1193,9 @@ class Run:
         gc.freeze()
         gc.enable()
         self.log(f"startup:{(startup := time.perf_counter() - process_start):.1f}s")
-        self.start_clock()
-        while True:
-            if self.step == steps or (args.val_every and self.step and self.step % args.val_every == 0):
-                self.stop_clock()
-                self.val_loss = self.validate()
-                self.check_finite("validation", self.val_loss, self.step)
-                self.log(f"step:{self.step}/{steps} val_loss:{self.val_loss:.4f} train_time:{self.seconds:.3f}s")
-                if self.step == steps:
-                    break
-                self.start_clock()
+        while self.step < steps:
+            if args.val_every and self.step and self.step % args.val_every == 0:
+                self.validate()
             self.train_step()
             if self.loader.epoch > epoch:
                 epoch = self.loader.epoch
@@ -1217,15 +1207,15 @@ class Run:
                 if self.stop:
                     self.log(f"stopped by SIGTERM: go on with the same flags and --resume {self.saved}")
                     return
-                self.start_clock()
+        val_loss = self.validate()
         if args.checkpoint:
             self.save(f"{SCRIPT.stem}_final")
-        speed, reached = self.schedule.tokens / self.seconds, self.val_loss <= args.target
-        self.log(f"{'reached' if reached else 'missed'} the target: val_loss {self.val_loss:.4f}, target {args.target},"
+        speed, reached = self.schedule.tokens_before[-1] / self.seconds, val_loss <= args.target
+        self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
         closing = json.dumps({
-            "val_loss": self.val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
-            "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
+            "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
+            "tokens": self.schedule.tokens_before[-1], "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
             "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
             "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
