@@ -955,6 +955,8 @@ class Schedule:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
+        if min(args.micro_batch_tokens, args.loss_chunk_tokens) < 1:
+            raise UserError("--micro-batch-tokens and --loss-chunk-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
             raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
                             f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
@@ -1040,8 +1042,9 @@ class Run:
         self.stop_clock()
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in self.val_rows:
-            total += self.model(*batch, stage).detach()  # under no_grad all graphs would be compiled once more
+        with torch.set_grad_enabled(self.args.compile):  # compiled graphs would be made anew without gradients
+            for batch in self.val_rows:
+                total += self.model(*batch, stage).detach()
         loss = self.world.sum(total).item() / self.args.val_tokens
         self.check_finite("validation", loss, self.step)
         self.log(f"step:{self.step}/{self.schedule.steps} val_loss:{loss:.4f} train_time:{self.seconds:.3f}s")

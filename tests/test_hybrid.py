@@ -333,7 +333,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         for x, y in zip(*results):
             assert_near(x, y, 2e-3)
         graphs.append(counter.frame_count)
-    assert set(graphs) == {6}, graphs  # embedding, l, r, d, dv, loss
+    assert set(graphs) == {5}, graphs  # embedding, l, r, d, dv
 
 
 # Counts

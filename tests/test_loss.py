@@ -68,6 +68,7 @@ def test_on_a_gpu(sizes, dtype, tolerance):
 
 def model_and_batch(script):
     """A tiny model with random weights, and a micro-batch of two documents: (model, (tokens, targets, cu_seqlens))."""
+    script.choose_attention("reference", torch.device("cpu"))
     args = script.PRESETS["sample"]
     model = script.Model(args, 1000, torch.device("cpu"), torch.float32)
     model.initialise(0)
