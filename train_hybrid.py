@@ -1088,10 +1088,12 @@ class Block(nn.Module):
 
     l  local attention: the short window, rotary embedding      d  differential attention: the long window, no positions
     r  local attention with the keys and values of the last l   v  behind l or d: with a value embedding
+    h  both kinds of heads read the held stream                 =  the stream after it is held, and in part taken off
     """
     def __init__(self, word: str, depth: int, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
         self.args, self.spans, self.reuses, self.valued = args, "d" in word, "r" in word, "v" in word
+        self.late, self.holds = "h" in word, "=" in word
         self.differs = args.diff == "all" or (args.diff == "global" and self.spans)
         dim, width, maps = args.model_dim, args.expand * args.model_dim, 2 if self.differs else 1
         # a differential head's values are as wide as the keys of its two maps together
@@ -1187,14 +1189,15 @@ class Block(nn.Module):
             y = y * F.silu(F.linear(x, self.recurrent_gate)).view_as(y)
         return y
 
-    def forward(self, x, x0, bigram, kv, packing: Packing, max_seqlen, window):
-        """x, x0, bigram (T, D), kv the keys and values that an r takes -> (T, D), and the keys and values of an l."""
+    def forward(self, x, x0, bigram, held, kv, packing: Packing, max_seqlen, window):
+        """x, x0 and, where used, bigram, held (T, D), kv: the keys and values that an r takes. -> (T, D), and the keys
+        and values of an l."""
         args = self.args
         if args.extras:
             x = self.residual * x + self.inject * x0
         if bigram is not None:
             x = x + self.bigram_gate * bigram
-        h = norm(x) * self.depth_scale
+        h = norm(held if self.late else x) * self.depth_scale
         heard, kv = self.attention(h, kv, packing, max_seqlen, window)
         if args.headwise_norm:
             heard = (norm(heard) * self.attention_gain).to(x.dtype)
@@ -1216,9 +1219,12 @@ class Model(nn.Module):
     """A decoder with a layer for each letter of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        words, dim, width = re.findall("[lrd]v?", args.layers), args.model_dim, args.expand * args.model_dim
-        if not re.fullmatch(r"([ld]v?|r|\s)+", args.layers) or not words or "r" in args.layers.split("l")[0]:
-            raise UserError(f'--layers "{args.layers}" must be letters l, lv, d, dv and, after the first l, r')
+        words, dim, width = re.findall("[lrd]v?h?=?", args.layers), args.model_dim, args.expand * args.model_dim
+        late = re.sub("[^=h]", "", args.layers)
+        if not re.fullmatch(r"(([ld]v?|r)h?=?|\s)+", args.layers) or not words or "r" in args.layers.split("l")[0] or (
+                not re.fullmatch("(=h*)?", late)):
+            raise UserError(f'--layers "{args.layers}" must be letters l, lv, d, dv and, after the first l, r, '
+                            "one with = and later ones with h")
         for flag, heads, parts in (("num-heads", args.num_heads, 8), ("diff-heads", args.diff_heads, 16),
                                    ("recurrent-heads", args.recurrent_heads, 16)):
             if dim < 16 or heads < 1 or width % (parts * heads):
@@ -1242,6 +1248,8 @@ class Model(nn.Module):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
             if args.extras:
                 self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
+            if "=" in args.layers:
+                self.backout = nn.Parameter(torch.empty(()))
             if args.bigram_rows:
                 self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim, dtype=dtype))
                 bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -1258,7 +1266,7 @@ class Model(nn.Module):
         With --init-std, matrices, tables and convolutions are normal instead, outputs too. Decays as in Mamba-2."""
         torch.manual_seed(seed)
         constants = {"residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "attention_gain": 1.0, "recurrent_gain": 1.0,
-                     "ssmax": 1.0, "skip": 1.0, "bigram_gate": 0.05}
+                     "ssmax": 1.0, "skip": 1.0, "bigram_gate": 0.05, "backout": -0.5}
         for name, param in self.named_parameters():
             kind = name.split(".")[-1]
             if self.args.init_std and kind in (*MATRICES, *TABLES, "head", "qk_conv", "v_conv"):
@@ -1315,12 +1323,13 @@ class Model(nn.Module):
         bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
         if self.args.compile:
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
-        x, kv = x0.clone(), None  # not x0 itself: the first block would compile apart from the others of its kind
+        x, held, kv = x0.clone(), None, None  # cloned, as held is: a block given one tensor twice would compile apart
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
-            x, own = block(x, x0, bigram, kv if block.reuses else None, packing, stage.max_seqlen, window)
-            kv = own or kv
-        return x, position
+            x, own = block(x, x0, bigram, held if block.late else None, kv if block.reuses else None, packing,
+                           stage.max_seqlen, window)
+            kv, held = own or kv, x.clone() if block.holds else held
+        return x if held is None else x + self.backout * held, position
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23."""
@@ -1371,6 +1380,7 @@ class Model(nn.Module):
         embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
         if args.tied_until:
             embedding = replace(head, params=embedding.params, tied_to="head")
+        scalars = like("residual", "mlp_residual", "inject", "smear", "backout")
         groups = [
             ParamGroup("muon", like("down"), 2 * args.muon_lr, args.muon_weight_decay),
             ParamGroup("muon", like(*MATRICES), args.muon_lr, args.muon_weight_decay), head, embedding,
@@ -1379,7 +1389,7 @@ class Model(nn.Module):
             ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("value_gate", "bigram_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("rates", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("residual", "mlp_residual", "inject", "smear"), args.scalar_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99)),
         ]
         assert not named, f"no group for {list(named)}"
         return [group for group in groups if group.params]
@@ -1466,8 +1476,9 @@ class Hyperparameters:
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
     layers: str = "l dv lv r dv l r dv lv"
-    """a letter per layer: l attends locally, r does with the keys and values of the last l, d attends globally;
-    v behind l or d adds a value embedding"""
+    """a letter per layer: l attends locally, r does with the keys and values of the last l, d attends globally; behind
+    it v adds a value embedding (not to r), = holds the stream after the layer and takes a learned part of it, half at
+    first, off at the end (backout), h has the layer's heads read the held one (late input)"""
     model_dim: int = 768  # width of the residual stream
     expand: int = 1  # width of the mixers, in model_dim
     num_heads: int = 6  # attention heads

@@ -34,7 +34,7 @@ OFF = {  # each ingredient without the others, and the other choices
     "differential everywhere": {"diff": "all"}, "no differential": {"diff": "none"}, "no SSMax": {"ssmax": False},
     "rotary everywhere": {"nope": False}, "subtract": {"fusion": "subtract"}, "concat": {"fusion": "concat"},
     "no extras": {"extras": False, "layers": "l r d l d"}, "small init": {"init_std": 0.02},
-    "no bigrams": {"bigram_rows": 0},
+    "no bigrams": {"bigram_rows": 0}, "late input": {"layers": "lv r= d lh rh dvh"},
     "grouped heads": {"num_heads": 4, "kv_heads": 2, "diff_heads": 2, "expand": 2, "recurrent_heads": 4},
 }
 ALL = {"everything": {}} | OFF
@@ -175,19 +175,19 @@ def naive_bigram(model, tokens) -> Tensor:
 
 
 def naive_hidden(model, tokens) -> Tensor:
-    args, source = model.args, None
+    args, source, held = model.args, None, None
     x = x0 = model.embedding[tokens]
     if args.extras:
         smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
         x = x0 = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]]))
-    for depth, (word, block) in enumerate(zip(re.findall("[lrd]v?", args.layers), model.blocks), 1):
+    for depth, (word, block) in enumerate(zip(re.findall("[lrd]v?h?=?", args.layers), model.blocks), 1):
         scale = depth**-0.5 if args.layernorm_scaling else 1.0
         if args.extras:
             x = block.residual * x + block.inject * x0
         if args.bigram_rows:
             x = x + block.bigram_gate * naive_bigram(model, tokens)
-        h = rms(x) * scale
-        own = source if word == "r" else (block, h)
+        h = rms(held if "h" in word else x) * scale
+        own = source if word[0] == "r" else (block, h)
         source = own if word[0] == "l" else source
         heard = naive_attention(block, own, "d" in word, depth, x, h, tokens, args)
         recalled = naive_recurrence(block, h, args) if args.recurrent != "none" else []
@@ -200,7 +200,8 @@ def naive_hidden(model, tokens) -> Tensor:
             y = {"mean": (y + z) / 2, "subtract": (y - z) / 2, "concat": torch.cat([y, z], 1)}[args.fusion]
         x = x + y @ block.out.T
         x = (block.mlp_residual if args.extras else 1.0) * x + (rms(x) * scale @ block.up.T).relu() ** 2 @ block.down
-    return x
+        held = x if "=" in word else held
+    return x if held is None else x + model.backout * held
 
 
 @torch.no_grad()
@@ -319,7 +320,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
     torch._dynamo.reset()
-    layers = "l r d l r dv d"
+    layers = "l r= d l r dvh dvh"
     eager, compiled = (random_model(stages=stages, layers=layers, compile=True).float() for _ in range(2))
     compiled.compile()
     graphs, frames = [], [(0, (90, 0)), (2, (40, 50)), (3, (1, 9, 0, 80))]
@@ -333,7 +334,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         for x, y in zip(*results):
             assert_near(x, y, 2e-3)
         graphs.append(counter.frame_count)
-    assert set(graphs) == {5}, graphs  # loss, l, r, d, dv
+    assert set(graphs) == {5}, graphs  # loss, l, r, d, dvh
 
 
 # Counts
@@ -449,7 +450,8 @@ def test_every_flag_is_explained():
         assert "  # " in lines[i] or lines[i + 1].startswith('    """') or field.name == "stages", field.name
 
 
-@pytest.mark.parametrize("layers", ["", " ", "x", "r", "r l", "d r", "v", "l vv", "rv", "lr-", "L"])
+@pytest.mark.parametrize("layers", ["", " ", "x", "r", "r l", "d r", "v", "l vv", "rv", "lr-", "L", "l lh",
+                                    "lh=", "lh l=", "l= l=", "lhv"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(hybrid.UserError, match="--layers") as refusal:
         hybrid.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
