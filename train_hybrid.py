@@ -1266,12 +1266,12 @@ class Model(nn.Module):
         With --init-std, matrices, tables and convolutions are normal instead, outputs too. Decays as in Mamba-2."""
         torch.manual_seed(seed)
         constants = {"residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "attention_gain": 1.0, "recurrent_gain": 1.0,
-                     "ssmax": 1.0, "skip": 1.0, "bigram_gate": 0.05, "backout": -0.5}
+                     "ssmax": self.args.ssmax_init, "skip": 1.0, "bigram_gate": 0.05, "backout": -0.5}
         for name, param in self.named_parameters():
             kind = name.split(".")[-1]
             if self.args.init_std and kind in (*MATRICES, *TABLES, "head", "qk_conv", "v_conv"):
                 nn.init.normal_(param, std=self.args.init_std)
-            elif kind in ("out", "down", "head"):
+            elif kind in ("down", "head") or (kind == "out" and self.args.zero_mixers):
                 nn.init.zeros_(param)
             elif kind in MATRICES:
                 nn.init.uniform_(param, -(bound := 0.5 * math.sqrt(3 / param.size(-1))), bound)
@@ -1388,7 +1388,8 @@ class Model(nn.Module):
             ParamGroup("adam", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.75, 0.95)),
             ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("value_gate", "bigram_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("rates", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like("rates"), args.rates_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like(*VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99)),
         ]
         assert not named, f"no group for {list(named)}"
@@ -1487,6 +1488,7 @@ class Hyperparameters:
     diff_heads: int = 6  # differential heads; each has two maps, with keys half as wide as its values
     nope: bool = True  # global layers know no positions; otherwise rotary embedding
     ssmax: bool = True  # scalable softmax in global layers
+    ssmax_init: float = 1.0  # its factor at first; 0.144 leaves the scores of a query that sees 1,024 keys as they are
     local_base: float = 163.0  # of the rotary embedding in local layers: the slowest turns once in 1,024 tokens
     global_base: float = 10_000.0  # of the rotary embedding in global layers, with --no-nope
     recurrent: Literal["gdn", "mamba2", "none"] = "gdn"  # gated delta rule, Mamba-2, or attention alone
@@ -1500,6 +1502,7 @@ class Hyperparameters:
     extras: bool = True  # the speedrun's: x0 into every layer, smear, residual scalars, capped logits
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 there, unmeasured here
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
+    zero_mixers: bool = True  # the mixers' output matrices begin at zero, as the MLPs' do
     init_std: float = 0.0  # of all initial matrices and tables, as in DeepSeek's 0.006 (0: the speedrun's)
 
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
@@ -1517,6 +1520,7 @@ class Hyperparameters:
     bigram_lr: float = 0.6  # bigram table, Adam
     smear_gate_lr: float = 8e-5  # gate of the smear, Adam
     gate_lr: float = 0.008  # other gates, Adam
+    rates_lr: float = 0.008  # projections to decays and writing strengths, Adam
     small_lr: float = 0.008  # decays, gains, convolutions and the like, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
     adamw_lr: float = 0.002  # everything, with --optimizer adamw

@@ -399,6 +399,9 @@ def test_matrices_learn_by_muon_and_the_rest_by_adam_in_fp32_without_decay(speed
     assert by_name["smear_gate"].lr == 8e-5 and by_name["bigram_table"].lr == 0.6
     head, embedding = by_name["head"], by_name["embedding"]
     assert dataclasses.replace(embedding, params=head.params, tied_to="") == head and embedding.tied_to == "head"
+    slow = {name: group for group in hybrid.Model(tiny(rates_lr=0.001), VOCAB, META, torch.float32).param_groups()
+            for name in group.params}
+    assert slow["blocks.0.rates"].lr == 0.001 and slow["blocks.0.A_log"].lr == slow["blocks.0.qk_conv"].lr == 0.008
     mamba = hybrid.Model(tiny(recurrent="mamba2", fusion="concat", layers="l"), VOCAB, META, torch.float32)
     assert "blocks.0.skip" in {name for group in mamba.param_groups() for name in group.params}
 
@@ -424,6 +427,11 @@ def test_initialisation_depends_on_the_seed_alone():
     small.initialise(0)
     for name in ("embedding", "head", "blocks.0.out", "blocks.0.recurrent_qk", "blocks.0.qk_conv"):
         assert small.get_parameter(name).std().item() == pytest.approx(0.006, rel=0.15), name
+    assert not one["blocks.0.out"].any() and (one["blocks.2.ssmax"] == 1).all()
+    other = hybrid.Model(tiny(zero_mixers=False, ssmax_init=0.2), VOCAB, CPU, torch.float32)
+    other.initialise(1)
+    assert other.blocks[0].out.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1) and not other.blocks[0].down.any()
+    assert (other.blocks[2].ssmax == 0.2).all()
     tied = hybrid.Model(tiny(tied_until=0.5), VOCAB, CPU, torch.float32)
     tied.initialise(0)
     assert torch.equal(tied.embedding, tied.head) and tied.head.std().item() == pytest.approx(0.005, rel=0.05)
