@@ -1073,10 +1073,12 @@ class Block(nn.Module):
 
     l  local attention: the short window, rotary embedding      d  differential attention: the long window, no positions
     r  local attention with the keys and values of the last l   v  behind l or d: with a value embedding
+    h  both kinds of heads read the held stream                 =  the stream after it is held, and in part taken off
     """
     def __init__(self, word: str, depth: int, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype):
         super().__init__()
         self.args, self.spans, self.reuses, self.valued = args, "d" in word, "r" in word, "v" in word
+        self.late, self.holds = "h" in word, "=" in word
         self.differs = args.diff == "all" or (args.diff == "global" and self.spans)
         dim, width, maps = args.model_dim, args.expand * args.model_dim, 2 if self.differs else 1
         # a differential head's values are as wide as the keys of its two maps together
@@ -1171,15 +1173,16 @@ class Block(nn.Module):
             y = y * F.silu(F.linear(x, self.recurrent_gate)).view_as(y)
         return y
 
-    def forward(self, x, x0, bigram, values, kv, packing: Packing, max_seqlen, window):
-        """x, x0, bigram, values (T, D), kv the keys and values that an r takes -> (T, D), and those of an l."""
+    def forward(self, x, x0, bigram, held, values, kv, packing: Packing, max_seqlen, window):
+        """x, x0 and, where used, bigram, held, values (T, D), kv: the keys and values that an r takes. -> (T, D), and
+        the keys and values of an l."""
         args = self.args
         if args.extras:
             x = scaled(self.residual, x) + scaled(self.inject, x0)
         if bigram is not None:
             x = x + scaled(self.bigram_gate, bigram)
         x = x.to(x0.dtype)
-        h = norm(x) * self.depth_scale
+        h = norm(held if self.late else x) * self.depth_scale
         heard, kv = self.attention(h, values, kv, packing, max_seqlen, window)
         if args.headwise_norm:
             heard = (norm(heard) * self.attention_gain).to(x.dtype)
@@ -1202,9 +1205,12 @@ class Model(nn.Module):
     """A decoder with a layer for each letter of `args.layers`; takes (tokens, targets, cu_seqlens, stage)."""
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        words, dim, width = re.findall("[lrd]v?", args.layers), args.model_dim, args.expand * args.model_dim
-        if not re.fullmatch(r"([ld]v?|r|\s)+", args.layers) or not words or "r" in args.layers.split("l")[0]:
-            raise UserError(f'--layers "{args.layers}" must be letters l, lv, d, dv and, after the first l, r')
+        words, dim, width = re.findall("[lrd]v?h?=?", args.layers), args.model_dim, args.expand * args.model_dim
+        late = re.sub("[^=h]", "", args.layers)
+        if not re.fullmatch(r"(([ld]v?|r)h?=?|\s)+", args.layers) or not words or "r" in args.layers.split("l")[0] or (
+                not re.fullmatch("(=h*)?", late)):
+            raise UserError(f'--layers "{args.layers}" must be letters l, lv, d, dv and, after the first l, r, '
+                            "one with = and later ones with h")
         for flag, heads, parts in (("num-heads", args.num_heads, 8), ("diff-heads", args.diff_heads, 16),
                                    ("recurrent-heads", args.recurrent_heads, 16)):
             if dim < 16 or heads < 1 or width % (parts * heads):
@@ -1228,6 +1234,8 @@ class Model(nn.Module):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
             if args.extras:
                 self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
+            if "=" in args.layers:
+                self.backout = nn.Parameter(torch.empty(()))
             if args.bigram_rows:
                 self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim, dtype=dtype))
                 bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -1244,12 +1252,12 @@ class Model(nn.Module):
         With --init-std, matrices, tables and convolutions are normal instead, outputs too. Decays as in Mamba-2."""
         torch.manual_seed(seed)
         constants = {"residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "attention_gain": 1.0, "recurrent_gain": 1.0,
-                     "ssmax": 1.0, "skip": 1.0, "bigram_gate": 0.05}
+                     "ssmax": self.args.ssmax_init, "skip": 1.0, "bigram_gate": 0.05, "backout": -0.5}
         for name, param in self.named_parameters():
             kind = name.split(".")[-1]
             if self.args.init_std and kind in (*MATRICES, *TABLES, "head", "qk_conv", "v_conv"):
                 nn.init.normal_(param, std=self.args.init_std)
-            elif kind in ("out", "down", "head"):
+            elif kind in ("down", "head") or (kind == "out" and self.args.zero_mixers):
                 nn.init.zeros_(param)
             elif kind in MATRICES:
                 nn.init.uniform_(param, -(bound := 0.5 * math.sqrt(3 / param.size(-1))), bound)
@@ -1303,13 +1311,14 @@ class Model(nn.Module):
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
         bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
         x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
-        x, kv = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
+        x, held, kv = x0.view_as(x0), None, None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
             values = Lookup.apply(block.value_table, tokens) if block.valued else None
-            x, own = block(x, x0, bigram, values, kv if block.reuses else None, packing, stage.max_seqlen, window)
-            kv = own or kv
-        return x, position
+            x, own = block(x, x0, bigram, held if block.late else None, values, kv if block.reuses else None, packing,
+                           stage.max_seqlen, window)
+            kv, held = own or kv, x.view_as(x) if block.holds else held
+        return x if held is None else x + self.backout * held, position
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, vocabulary), fp32, with --extras between 0 and 23; or (T, rows) with rows of the head."""
@@ -1370,6 +1379,7 @@ class Model(nn.Module):
         embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
         if args.tied_until:
             embedding = replace(head, params=embedding.params, tied_to="head")
+        scalars = like("residual", "mlp_residual", "inject", "smear", "backout")
         groups = [
             ParamGroup("muon", like("down"), 2 * args.muon_lr, args.muon_weight_decay),
             ParamGroup("muon", like(*MATRICES), args.muon_lr, args.muon_weight_decay),
@@ -1378,8 +1388,9 @@ class Model(nn.Module):
             head, embedding,  # the largest go first: what travels last, nothing hides
             ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("value_gate", "bigram_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("rates", *VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("residual", "mlp_residual", "inject", "smear"), args.scalar_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like("rates"), args.rates_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", like(*VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
+            ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99)),
         ]
         assert not named, f"no group for {list(named)}"
         return [group for group in groups if group.params]
@@ -1467,8 +1478,9 @@ class Hyperparameters:
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
     layers: str = "l dv lv r dv l r dv lv"
-    """a letter per layer: l attends locally, r does with the keys and values of the last l, d attends globally;
-    v behind l or d adds a value embedding"""
+    """a letter per layer: l attends locally, r does with the keys and values of the last l, d attends globally; behind
+    it v adds a value embedding (not to r), = holds the stream after the layer and takes a learned part of it, half at
+    first, off at the end (backout), h has the layer's heads read the held one (late input)"""
     model_dim: int = 768  # width of the residual stream
     expand: int = 1  # width of the mixers, in model_dim
     num_heads: int = 6  # attention heads
@@ -1477,6 +1489,7 @@ class Hyperparameters:
     diff_heads: int = 6  # differential heads; each has two maps, with keys half as wide as its values
     nope: bool = True  # global layers know no positions; otherwise rotary embedding
     ssmax: bool = True  # scalable softmax in global layers
+    ssmax_init: float = 1.0  # its factor at first; 0.144 leaves the scores of a query that sees 1,024 keys as they are
     local_base: float = 163.0  # of the rotary embedding in local layers: the slowest turns once in 1,024 tokens
     global_base: float = 10_000.0  # of the rotary embedding in global layers, with --no-nope
     recurrent: Literal["gdn", "mamba2", "none"] = "gdn"  # gated delta rule, Mamba-2, or attention alone
@@ -1490,6 +1503,7 @@ class Hyperparameters:
     extras: bool = True  # the speedrun's: x0 into every layer, smear, residual scalars, capped logits
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 there, unmeasured here
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
+    zero_mixers: bool = True  # the mixers' output matrices begin at zero, as the MLPs' do
     init_std: float = 0.0  # of all initial matrices and tables, as in DeepSeek's 0.006 (0: the speedrun's)
 
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
@@ -1507,6 +1521,7 @@ class Hyperparameters:
     bigram_lr: float = 0.6  # bigram table, Adam
     smear_gate_lr: float = 8e-5  # gate of the smear, Adam
     gate_lr: float = 0.008  # other gates, Adam
+    rates_lr: float = 0.008  # projections to decays and writing strengths, Adam
     small_lr: float = 0.008  # decays, gains, convolutions and the like, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
     adamw_lr: float = 0.002  # everything, with --optimizer adamw

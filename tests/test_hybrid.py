@@ -34,7 +34,7 @@ OFF = {  # each ingredient without the others, and the other choices
     "differential everywhere": {"diff": "all"}, "no differential": {"diff": "none"}, "no SSMax": {"ssmax": False},
     "rotary everywhere": {"nope": False}, "subtract": {"fusion": "subtract"}, "concat": {"fusion": "concat"},
     "no extras": {"extras": False, "layers": "l r d l d"}, "small init": {"init_std": 0.02},
-    "no bigrams": {"bigram_rows": 0},
+    "no bigrams": {"bigram_rows": 0}, "late input": {"layers": "lv r= d lh rh dvh"},
     "grouped heads": {"num_heads": 4, "kv_heads": 2, "diff_heads": 2, "expand": 2, "recurrent_heads": 4},
 }
 ALL = {"everything": {}} | OFF
@@ -175,19 +175,19 @@ def naive_bigram(model, tokens) -> Tensor:
 
 
 def naive_hidden(model, tokens) -> Tensor:
-    args, source = model.args, None
+    args, source, held = model.args, None, None
     x = x0 = model.embedding[tokens]
     if args.extras:
         smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
         x = x0 = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]]))
-    for depth, (word, block) in enumerate(zip(re.findall("[lrd]v?", args.layers), model.blocks), 1):
+    for depth, (word, block) in enumerate(zip(re.findall("[lrd]v?h?=?", args.layers), model.blocks), 1):
         scale = depth**-0.5 if args.layernorm_scaling else 1.0
         if args.extras:
             x = block.residual * x + block.inject * x0
         if args.bigram_rows:
             x = x + block.bigram_gate * naive_bigram(model, tokens)
-        h = rms(x) * scale
-        own = source if word == "r" else (block, h)
+        h = rms(held if "h" in word else x) * scale
+        own = source if word[0] == "r" else (block, h)
         source = own if word[0] == "l" else source
         heard = naive_attention(block, own, "d" in word, depth, x, h, tokens, args)
         recalled = naive_recurrence(block, h, args) if args.recurrent != "none" else []
@@ -200,7 +200,8 @@ def naive_hidden(model, tokens) -> Tensor:
             y = {"mean": (y + z) / 2, "subtract": (y - z) / 2, "concat": torch.cat([y, z], 1)}[args.fusion]
         x = x + y @ block.out.T
         x = (block.mlp_residual if args.extras else 1.0) * x + (rms(x) * scale @ block.up.T).relu() ** 2 @ block.down
-    return x
+        held = x if "=" in word else held
+    return x if held is None else x + model.backout * held
 
 
 @torch.no_grad()
@@ -319,7 +320,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
     torch._dynamo.reset()
-    layers = "l r d l r dv d"
+    layers = "l r= d l r dvh dvh"
     eager, compiled = (random_model(stages=stages, layers=layers, compile=True).float() for _ in range(2))
     compiled.compile()
     graphs, frames = [], [(0, (90, 0)), (2, (40, 50)), (3, (1, 9, 0, 80))]
@@ -333,7 +334,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         for x, y in zip(*results):
             assert_near(x, y, 2e-3)
         graphs.append(counter.frame_count)
-    assert set(graphs) == {5}, graphs  # embedding, l, r, d, dv
+    assert set(graphs) == {5}, graphs  # embedding, l, r, d, dvh
 
 
 # Counts
@@ -398,6 +399,9 @@ def test_matrices_learn_by_muon_and_the_rest_by_adam_in_fp32_without_decay(speed
     assert by_name["smear_gate"].lr == 8e-5 and by_name["bigram_table"].lr == 0.6
     head, embedding = by_name["head"], by_name["embedding"]
     assert dataclasses.replace(embedding, params=head.params, tied_to="") == head and embedding.tied_to == "head"
+    slow = {name: group for group in hybrid.Model(tiny(rates_lr=0.001), VOCAB, META, torch.float32).param_groups()
+            for name in group.params}
+    assert slow["blocks.0.rates"].lr == 0.001 and slow["blocks.0.A_log"].lr == slow["blocks.0.qk_conv"].lr == 0.008
     mamba = hybrid.Model(tiny(recurrent="mamba2", fusion="concat", layers="l"), VOCAB, META, torch.float32)
     assert "blocks.0.skip" in {name for group in mamba.param_groups() for name in group.params}
 
@@ -423,6 +427,11 @@ def test_initialisation_depends_on_the_seed_alone():
     small.initialise(0)
     for name in ("embedding", "head", "blocks.0.out", "blocks.0.recurrent_qk", "blocks.0.qk_conv"):
         assert small.get_parameter(name).std().item() == pytest.approx(0.006, rel=0.15), name
+    assert not one["blocks.0.out"].any() and (one["blocks.2.ssmax"] == 1).all()
+    other = hybrid.Model(tiny(zero_mixers=False, ssmax_init=0.2), VOCAB, CPU, torch.float32)
+    other.initialise(1)
+    assert other.blocks[0].out.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1) and not other.blocks[0].down.any()
+    assert (other.blocks[2].ssmax == 0.2).all()
     tied = hybrid.Model(tiny(tied_until=0.5), VOCAB, CPU, torch.float32)
     tied.initialise(0)
     assert torch.equal(tied.embedding, tied.head) and tied.head.std().item() == pytest.approx(0.005, rel=0.05)
@@ -449,7 +458,8 @@ def test_every_flag_is_explained():
         assert "  # " in lines[i] or lines[i + 1].startswith('    """') or field.name == "stages", field.name
 
 
-@pytest.mark.parametrize("layers", ["", " ", "x", "r", "r l", "d r", "v", "l vv", "rv", "lr-", "L"])
+@pytest.mark.parametrize("layers", ["", " ", "x", "r", "r l", "d r", "v", "l vv", "rv", "lr-", "L", "l lh",
+                                    "lh=", "lh l=", "l= l=", "lhv"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(hybrid.UserError, match="--layers") as refusal:
         hybrid.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)

@@ -393,13 +393,13 @@ def test_tied_parameters_learn_as_one_matrix_used_twice_and_then_apart():
     assert not torch.equal(params["head"], start) and not any(bank.grads.any() for bank in optimizer.banks.values())
 
 
-# Ranks: what one rank does, two do, each with a share of the gradient
+# Ranks: what one rank does, several do, each with a share of the gradient. Of four, some own no part of a bank
 
 
-def share_of_rank(rank: int):
+def share_of_rank(rank: int, ranks: int):
     def share(gradient, name, step):
         noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(step))
-        return gradient / 2 + (noise if rank == 0 else -noise)
+        return gradient / ranks + (1, -1, *[0] * ranks)[rank] * noise
     return share
 
 
@@ -413,13 +413,13 @@ def load(optimizer, state: dict):
         bank.load_state_dict(state[name])
 
 
-def run_rank(rank: int, port: int, folder: str):
+def run_rank(rank: int, port: int, folder: str, size: int):
     """Trains 3 steps, saves, trains 3 more; then loads what one rank saved after 3 steps, and goes on from there."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.cuda.is_available = lambda: False
-    ranks, share = gpt.World(), share_of_rank(rank)
-    assert (ranks.rank, ranks.size, ranks.device.type) == (rank, 2, "cpu")
+    ranks, share = gpt.World(), share_of_rank(rank, size)
+    assert (ranks.rank, ranks.size, ranks.device.type) == (rank, size, "cpu")
     params = new_params()
     optimizer, results = new_optimizer(params, ranks), {}
     train(params, optimizer, range(3), share)
@@ -436,9 +436,9 @@ def run_rank(rank: int, port: int, folder: str):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory) -> tuple[dict, list[dict]]:
-    """(results of one rank, results of each of two)"""
+@pytest.fixture(scope="module", params=[2, 4])
+def one_and_several(tmp_path_factory, request) -> tuple[dict, list[dict]]:
+    """(results of one rank, results of each of several)"""
     folder, params, one = tmp_path_factory.mktemp("ranks"), new_params(), {}
     optimizer = new_optimizer(params)
     train(params, optimizer, range(3))
@@ -449,8 +449,8 @@ def one_and_two(tmp_path_factory) -> tuple[dict, list[dict]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, str(folder)), nprocs=2)
-    return one, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    torch.multiprocessing.spawn(run_rank, (port, str(folder), request.param), nprocs=request.param)
+    return one, [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 
 def assert_same(a: dict, b: dict):
@@ -464,34 +464,34 @@ def assert_same(a: dict, b: dict):
 
 
 @pytest.mark.parametrize("when", ["half", "end"])
-def test_two_ranks_equal_one(one_and_two, when):
-    one, two = one_and_two
-    for results in two:
+def test_ranks_equal_one(one_and_several, when):
+    one, several = one_and_several
+    for results in several:
         assert_same(results[when], one[when])
-    for name, param in two[0][when]["params"].items():
-        assert torch.equal(param, two[1][when]["params"][name])  # and each other, exactly
+        for name, param in results[when]["params"].items():
+            assert torch.equal(param, several[0][when]["params"][name])  # and each other, exactly
 
 
-def test_two_ranks_go_on_from_what_one_saved(one_and_two):
-    one, two = one_and_two
-    for results in two:
+def test_ranks_go_on_from_what_one_saved(one_and_several):
+    one, several = one_and_several
+    for results in several:
         assert_same(results["loaded"], one["half"])
         assert_same(results["resumed"], one["end"])
 
 
-def test_one_rank_goes_on_from_what_two_saved(one_and_two):
-    one, (two, _) = one_and_two
+def test_one_rank_goes_on_from_what_several_saved(one_and_several):
+    one, (first, *_) = one_and_several
     params = {name: nn.Parameter(torch.full_like(param, 9.0)) for name, param in new_params().items()}
     optimizer = new_optimizer(params)
-    load(optimizer, two["half"]["state"])
+    load(optimizer, first["half"]["state"])
     assert_same(snapshot(params, optimizer), one["half"])
     train(params, optimizer, range(3, 6))
     assert_same(snapshot(params, optimizer), one["end"])
 
 
-def test_saved_gradients_are_those_that_wait_for_adam(one_and_two):
-    one, (two, _) = one_and_two
-    for state in (one["half"]["state"], two["half"]["state"]):
+def test_saved_gradients_are_those_that_wait_for_adam(one_and_several):
+    one, (first, *_) = one_and_several
+    for state in (one["half"]["state"], first["half"]["state"]):
         waiting = [bank["grads"] for bank in state.values() if bank["grads"].any()]
         assert len(waiting) == 1 and waiting[0].norm().item() == pytest.approx(
             torch.cat([gradient(name, 2).flatten() for name in ("head", "scalar")]).norm().item(), rel=1e-5)
