@@ -1,5 +1,6 @@
 """The fused loss against plain PyTorch, in fp64: by Triton's interpreter where there is no GPU."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def test_on_a_gpu(sizes, dtype, tolerance):
     compare(gpt, sizes, dtype, "cuda", tolerance)
 
 
-def model_and_batch(script):
+def model_and_batch(script, **changes):
     """A tiny model with random weights, and a micro-batch of two documents: (model, (tokens, targets, cu_seqlens))."""
     script.choose_attention("reference", torch.device("cpu"))
-    args = script.PRESETS["sample"]
+    args = dataclasses.replace(script.PRESETS["sample"], **changes)
     model = script.Model(args, 1000, torch.device("cpu"), torch.float32)
     model.initialise(0)
     torch.nn.init.normal_(model.head, std=0.2)
@@ -125,3 +126,15 @@ def test_targets_without_a_place_have_no_weight():
     loss = model(tokens, targets, cu_seqlens, stage)
     _, place, _ = model.candidates(targets[:, None], tokens.sum(), 8)
     assert 0 < (place[targets] >= 0).sum() < len(targets) and 0 < loss < 23 * (place[targets] >= 0).sum()
+
+
+@pytest.mark.parametrize("script", [gpt, hybrid])
+@pytest.mark.parametrize("candidates", [-5, 0, 1000, 100_000])
+def test_more_candidates_than_rows_are_the_whole_softmax(script, candidates):
+    """As with a byte vocabulary under the default stages: then no row counts for others."""
+    stages = tuple(dataclasses.replace(stage, candidates=candidates) for stage in script.PRESETS["sample"].stages)
+    model, (tokens, targets, cu_seqlens) = model_and_batch(script, stages=stages)
+    stage = model.stage_inputs(0)
+    assert stage.candidates == (1000 if candidates == 1000 else model.vocab_size)
+    _, _, (known, others) = model.candidates(targets, tokens.sum(), stage.candidates)
+    assert known == len(targets.unique()) and (others == 1) == (candidates != 1000)
