@@ -560,7 +560,7 @@ class SoftcapLoss(torch.autograd.Function):
 
 class Lookup(torch.autograd.Function):
     """Rows (T,) of a table (V, D) -> (T, D). The gradient goes straight into table.grad: 0.80 ms, not 1.94 for one as
-    large as the table (65,536 tokens, H100). In bf16 it errs by 0.5% for 377,280 rows, by 2% for 50,304, not in fp32."""
+    large as the table (65,536 tokens, H100). Summed in its bf16 it errs by 0.5% for 377,280 rows, by 2% for 50,304."""
     @staticmethod
     def forward(ctx, table, rows):
         ctx.table = table
