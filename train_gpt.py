@@ -1,8 +1,7 @@
 """
 train_gpt.py: the speedrun Transformer, from tokens to a logged result in one file.
 
-One block, for T packed tokens of model_dim D with H heads of D/H. There is no batch dimension: documents lie end to end
-in one row, and cu_seqlens says where each begins.
+One block, for T packed tokens (documents end to end, cu_seqlens says where each begins) of width D and H heads:
 
     x   (T, D)  <- a x + b x0 + c x2            x0: the token's normalised embedding; x2: its and the last one's, hashed
     qkv (T, 3, H, D/H) = s W_qkv norm(x);  q, k <- rope(norm(q)), rope(norm(k));  v <- v + g * value_embedding(token)
@@ -13,8 +12,7 @@ In the last layers attention reads y, the stream after the eighth. The loss is t
 norm(x - e y) + 5) / 7.5), in training over some rows of W_head; for two thirds of the run W_head is the embedding.
 Norms are gainless RMSNorm; W_down starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is
 that of the public GPT speedrun (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay for
-its lines. Last result: 3.2083 after 100M tokens of Wikipedia in 170.1 s on one H100 (--preset short, mean of two seeds;
-not yet measured on FineWeb).
+its lines.
 """
 import time
 
@@ -158,10 +156,9 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
     borders = np.cumsum([0] + [length for _, length in pieces], dtype=np.int32)
     borders = np.pad(borders, (0, -len(borders) % 64), mode="edge")  # empty documents; few allocations of odd sizes
-    arrays = tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64), borders
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = map(torch.from_numpy, (tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64), borders))
     if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
-        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
     return tuple(tensors)
 
 class TrainLoader:
@@ -191,9 +188,8 @@ class TrainLoader:
 
     def micro_batch_rows(self, batch_tokens: int) -> int:
         """The most rows that divide one rank's share of a batch and fit into a micro-batch."""
-        share = batch_tokens // self.row_tokens // self.world.size
-        fitting = max(1, self.micro_batch_tokens // self.row_tokens)
-        return max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= fitting)
+        share, fitting = batch_tokens // self.row_tokens // self.world.size, self.micro_batch_tokens // self.row_tokens
+        return max(rows for rows in range(1, share + 1) if share % rows == 0 and rows <= max(1, fitting))
 
     def next(self, batch_tokens: int, longest: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """This rank's micro-batches of the next step, each (tokens, targets, cu_seqlens)."""
@@ -423,7 +419,6 @@ def reference_forward(q, k, v, *mask):
     return out, lse
 
 def reference_backward(dout, q, k, v, out, lse, *mask):
-    dtypes = q.dtype, k.dtype, v.dtype
     dout, q, k, v, out = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, q, k, v, out))
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for queries, keys, scores in reference_blocks(q, k, *mask):
@@ -433,7 +428,7 @@ def reference_backward(dout, q, k, v, out, lse, *mask):
         dscores = probs * (dprobs - (douts * out[queries]).sum(-1).T[..., None]) * mask[-1]
         dq[queries] = torch.einsum("hqk,khd->qhd", dscores, k[keys])
         dk[keys] += torch.einsum("hqk,qhd->khd", dscores, q[queries])
-    return tuple(grad.to(dtype) for grad, dtype in zip((dq, dk, dv), dtypes))
+    return dq, dk, dv
 
 def flash_attn_options(borders, longest, window, scale) -> dict:
     return dict(cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest, causal=True,
@@ -488,7 +483,8 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen
 def attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
                           max_seqlen: Tensor, window: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mask = cu_seqlens, max_seqlen.item(), window.item(), scale.item()
-    return tuple(x.contiguous() for x in attention_backward(dout.contiguous(), q, k, v, out, lse, *mask))
+    grads = attention_backward(dout.contiguous(), q, k, v, out, lse, *mask)
+    return tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v)))
 
 attention_op.register_fake(lambda q, k, v, *_: (v.new_empty(v.shape), q.new_empty(q.shape[1::-1], dtype=torch.float)))
 attention_backward_op.register_fake(lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
@@ -965,8 +961,8 @@ class Schedule:
         if self.steps < 1:
             raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")
         self.ends = np.round(np.cumsum(parts) * self.steps).astype(int).tolist()
-        batch_of_step = np.repeat(self.batches, np.diff(self.ends, prepend=0))
-        self.tokens_before = [0, *np.cumsum(batch_of_step).tolist()]  # each step; and, last, after the run
+        self.tokens_before = [0, *np.cumsum(np.repeat(self.batches, np.diff(self.ends, prepend=0))).tolist()]
+        self.tokens = self.tokens_before[-1]  # of the whole run, the last of those before each step
 
     def stage(self, step: int) -> tuple[int, float]:
         """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
@@ -1001,7 +997,7 @@ class Run:
         self.model.initialise(args.seed)
         self.optimizer = Optimizer(groups, world, args.compile)
         self.step, self.seconds, self.start = 0, 0.0, None  # start: since when the clock runs, if it does
-        self.unread, self.last_report, self.saved, self.file = None, 0.0, None, None
+        self.unread, self.last_report, self.saved, self.file, self.digest = None, 0.0, None, None, hashlib.sha256()
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
         if world.rank == 0:
             name = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{SCRIPT.stem}_{os.urandom(4).hex()}.txt"
@@ -1010,7 +1006,6 @@ class Run:
                 self.file = open(Path(args.out) / name, "w", buffering=1, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"--out {args.out} cannot be a folder for logs ({error.strerror})") from error
-        self.digest = hashlib.sha256()  # of all that the log says
 
     def log(self, text: str, console: bool = True):
         if self.file:
@@ -1085,12 +1080,11 @@ class Run:
         self.check_finite("training", loss, step)
         self.stop |= stop > 0
         now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
-        done = self.schedule.tokens_before[step]
-        seconds, self.last_report = now - self.last_report, now
+        done, seconds, self.last_report = self.schedule.tokens_before[step], now - self.last_report, now
         mfu = f" mfu:{share:.3f}" if (share := self.utilisation(batch_tokens / seconds)) else ""
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
                  f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
-                 f"ends_in:{(self.schedule.tokens_before[-1] / done - 1) * now:.0f}s")
+                 f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
 
     def check_finite(self, kind: str, loss: float, step: int):
         if not math.isfinite(loss):
@@ -1108,8 +1102,7 @@ class Run:
         if self.start is not None:
             self.read_report()
             self.world.barrier()
-            self.seconds += time.perf_counter() - self.start  # of steps and their waits for data, and nothing else
-            self.start = None
+            self.seconds, self.start = self.seconds + time.perf_counter() - self.start, None  # of steps, data included
 
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
@@ -1142,14 +1135,6 @@ class Run:
             raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
         return state
 
-    def restore(self, state: dict):
-        self.model.load_state_dict(state["model"])
-        for name, bank in self.optimizer.banks.items():
-            bank.load_state_dict(state["optimizer"][name])
-        torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.loader.position, self.loader.pieces = state["position"], state["pieces"]
-
     @torch.no_grad()
     def sample(self, length: int = 200) -> str:
         """Text from the model, `length` characters at most, at temperature 0.8. No cache: it is short."""
@@ -1159,9 +1144,8 @@ class Run:
         stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
         with torch.compiler.set_stance("force_eager"):  # each length would compile anew
             while len(tokens) <= length and len(text := decode(tokens[1:], self.data.about)) < length:
-                context = torch.tensor(tokens, device=self.world.device)
-                borders = torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.world.device)
-                logits = self.model.logits(self.model.hidden(context, borders, stage)[0][-1:])
+                context, borders = (torch.tensor(x, device=self.world.device) for x in (tokens, [0, len(tokens)]))
+                logits = self.model.logits(self.model.hidden(context, borders.int(), stage)[0][-1:])
                 probs = (logits[0, :self.data.vocab_size] / 0.8).softmax(0)
                 tokens.append(torch.multinomial(probs, 1, generator=generator).item())
         return text[:length]
@@ -1174,13 +1158,12 @@ class Run:
         return {
             "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
             "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__,
-            "triton": getattr(sys.modules.get("triton"), "__version__", None),
+            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
+            "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
             "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",
             "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-            "threads": torch.get_num_threads(), "world_size": self.world.size, "attention": self.attention,
-            "kernels": getattr(self.model, "kernels", {}),  # other than attention, that an architecture chose
-            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint, "args": self.flags,
+            "attention": self.attention, "kernels": getattr(self.model, "kernels", {}), "args": self.flags,
+            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
             "params": self.model.num_params()}
 
     def train(self):
@@ -1188,11 +1171,16 @@ class Run:
         self.log(f"{SCRIPT.read_text()}{'=' * 100}\n{json.dumps(environment)}\n{'=' * 100}", console=False)
         self.log(f"{SCRIPT.name} on {self.world.size} x {environment['device']}, attention {self.attention}, data "
                  f"{self.data.about['name']}: {environment['params']['total'] / 1e6:.1f}M parameters, {steps} steps, "
-                 f"{self.schedule.tokens_before[-1] / 1e6:.1f}M tokens, target {args.target}")
+                 f"{self.schedule.tokens / 1e6:.1f}M tokens, target {args.target}")
         if args.compile:
             self.warm_up()
-        if self.resumed:
-            self.restore(self.resumed)
+        if state := self.resumed:
+            self.model.load_state_dict(state["model"])
+            for name, bank in self.optimizer.banks.items():
+                bank.load_state_dict(state["optimizer"][name])
+            torch.set_rng_state(state["rng"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.loader.position, self.loader.pieces = state["position"], state["pieces"]
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
         self.last_report, epoch = self.seconds, self.loader.epoch
@@ -1216,12 +1204,12 @@ class Run:
         val_loss = self.validate()
         if args.checkpoint:
             self.save(f"{SCRIPT.stem}_final")
-        speed, reached = self.schedule.tokens_before[-1] / self.seconds, val_loss <= args.target
+        speed, reached = self.schedule.tokens / self.seconds, val_loss <= args.target
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
         closing = json.dumps({
             "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
-            "tokens": self.schedule.tokens_before[-1], "train_seconds": self.seconds, "startup_seconds": startup,
+            "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
             "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
             "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})

@@ -42,7 +42,7 @@ def test_stages_follow_each_other_and_their_tokens_add_up(preset):
         assert last < schedule.stage(step) < (len(table), 0.0) and 0 <= schedule.stage(step)[1] < 1
         last = schedule.stage(step)
         total += table[last[0]].batch_tokens
-    assert schedule.tokens_before[schedule.steps:] == [total]
+    assert schedule.tokens == schedule.tokens_before[schedule.steps] == total
     assert abs(total - args(preset).max_tokens) <= 2 * table[-1].batch_tokens
     assert schedule.stage(schedule.steps) == (len(table) - 1, 1.0)  # after the last step
     for index, stage in enumerate(table):
@@ -95,7 +95,7 @@ def test_more_tokens_stretch_the_schedule_and_keep_its_shape():
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_the_shortest_runs_have_a_schedule(steps):
     schedule = gpt.Schedule(args(max_tokens=BATCH * steps), world())
-    assert schedule.steps == steps and schedule.tokens_before[-1] == BATCH * steps
+    assert schedule.steps == steps and schedule.tokens == BATCH * steps
     for step in range(steps + 1):
         index, progress = schedule.stage(step)
         assert 0 <= index < 4 and 0 <= progress <= 1
