@@ -11,8 +11,7 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
 In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
 norm(x - e y) + 5) / 7.5), in training over some rows of W_head; for two thirds of the run W_head is the embedding.
 Norms are gainless RMSNorm; W_down starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is
-that of the public GPT speedrun (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay for
-its lines.
+that of the public GPT speedrun (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay.
 """
 import time
 
@@ -74,8 +73,7 @@ class World:
 
     def mark(self) -> torch.cuda.Event | None:
         """On a GPU, the moment at which all work given to it so far is done."""
-        if self.gpu:
-            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.gpu else None
 
     def barrier(self):
         if self.gpu:
@@ -455,8 +453,7 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
     "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
-    "reference": (reference_forward, reference_backward, "torch", (0, 0)),
-}
+    "reference": (reference_forward, reference_backward, "torch", (0, 0))}
 attention_forward, attention_backward = reference_forward, reference_backward
 
 def choose_attention(name: str, device: torch.device) -> str:
@@ -613,21 +610,17 @@ class Block(nn.Module):
         self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
         self.paired, self.offset = "p" in word, "o" in word
-        self.residual, self.mlp_residual, self.inject = (nn.Parameter(torch.empty(())) for _ in range(3))
+        scales = self.attends and args.attention_scales
+        scalars = {"residual": True, "mlp_residual": True, "inject": True, "bigram_gate": args.bigram_rows,
+                   "in_scale": scales, "out_scale": scales, "skip": self.takes, "backout": ends}
+        for name in (name for name, used in scalars.items() if used):
+            self.register_parameter(name, nn.Parameter(torch.empty(())))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
-        if args.bigram_rows:
-            self.bigram_gate = nn.Parameter(torch.empty(()))
         if self.attends:
             self.qkv, self.out = (nn.Parameter(torch.empty(*n, dim, dim, dtype=dtype)) for n in ((3,), ()))
-            if args.attention_scales:
-                self.in_scale, self.out_scale = (nn.Parameter(torch.empty(())) for _ in range(2))
         if self.valued:
             self.value_table = nn.Parameter(torch.empty(vocab_size, dim, dtype=dtype))
             self.value_gate = nn.Parameter(torch.empty(args.num_heads, 12))
-        if self.takes:
-            self.skip = nn.Parameter(torch.empty(()))
-        if ends:
-            self.backout = nn.Parameter(torch.empty(()))
 
     def attention(self, x, values, position, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
         qkv, out = self.qkv.flatten(0, 1), self.out
@@ -722,9 +715,8 @@ class Model(nn.Module):
 
     def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
         """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
-        # smear: a gated look at the token before, if it is of the same document
         gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
-        x0 = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))
+        x0 = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))  # smear: a look at the token before, of its document
         return x0, None if bigram is None else bigram * self.signs[sign]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
@@ -799,25 +791,21 @@ class Model(nn.Module):
     def param_groups(self) -> list[ParamGroup]:
         """Which parameter learns how, by name."""
         args, named = self.args, dict(self.named_parameters())
-
         def like(*endings: str) -> dict[str, nn.Parameter]:
             return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
-
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
         embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
         if args.tied_until:
             embedding = replace(head, params=embedding.params, tied_to="head")
         scalars = like("residual", ".inject", ".skip", "smear", "_scale", "backout")
-        groups = [
-            ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
-            ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
-            ParamGroup("adam", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.75, 0.95)),
-            ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
-            head, embedding,  # the largest go first: what travels last, nothing hides
-            ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
-            ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99)),
-        ]
+        groups = [ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
+                  ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
+                  ParamGroup("adam", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.75, 0.95)),
+                  ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
+                  head, embedding,  # the largest go first: what travels last, nothing hides
+                  ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
+                  ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
+                  ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99))]
         assert not named, f"no group for {list(named)}"
         return [group for group in groups if group.params]
 
@@ -883,8 +871,7 @@ class Hyperparameters:
         Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25), 16_384),
         Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0), 16_384),
         Stage(318 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0), 16_384),
-        Stage(120 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)),
-    )
+        Stage(120 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
     layers: str = "sp sv svp lo> s sp -< s= svh svhp lvho"
@@ -931,8 +918,7 @@ PRESETS = {
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3,
-        bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008),
-}
+        bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]
@@ -1107,12 +1093,11 @@ class Run:
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
         previous, self.saved = self.saved, Path(self.args.checkpoint or self.args.out) / f"{name}.pt"
-        state = {
-            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": self.flags, "step": self.step,
-            "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
-            "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
-            "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
+        state = {"script": SCRIPT.name, "source": SCRIPT.read_text(), "args": self.flags, "step": self.step,
+                 "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
+                 "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
+                 "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
+                 "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1155,16 +1140,15 @@ class Run:
                              capture_output=True, text=True)  # by a shell: then there need not be any git
         cpuinfo = Path("/proc/cpuinfo")
         cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        return {
-            "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
-            "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
-            "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",
-            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-            "attention": self.attention, "kernels": getattr(self.model, "kernels", {}), "args": self.flags,
-            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
-            "params": self.model.num_params()}
+        device = torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU"
+        return {"script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+                "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
+                "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
+                "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
+                "device": device, "attention": self.attention, "kernels": getattr(self.model, "kernels", {}),
+                "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
+                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
+                "params": self.model.num_params(), "args": self.flags}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()

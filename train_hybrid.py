@@ -14,8 +14,6 @@ One block, the l-th, for T packed tokens of model_dim D with H heads of D/H (cu_
 Dragon (github.com/jgcb00/nanoGPT) is the above, and --preset dragon is its recipe. The speedrun adds what train_gpt.py
 has: value embeddings, x0 and hashed bigrams into every layer, smear, scalars on the residual stream, a head tied to the
 embedding for two thirds of the run, capped logits, prediction of several tokens, NorMuon. Each ingredient is a flag.
-Last result: 3.2845 after 100M tokens of Wikipedia in 245.0 s on one H100, before the loss was sampled and the bigrams
-had 1,000,000 rows (--preset short; train_gpt.py had 3.2203 then).
 """
 import time
 
@@ -79,8 +77,7 @@ class World:
 
     def mark(self) -> torch.cuda.Event | None:
         """On a GPU, the moment at which all work given to it so far is done."""
-        if self.gpu:
-            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.gpu else None
 
     def barrier(self):
         if self.gpu:
@@ -460,8 +457,7 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
     "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
-    "reference": (reference_forward, reference_backward, "torch", (0, 0)),
-}
+    "reference": (reference_forward, reference_backward, "torch", (0, 0))}
 attention_forward, attention_backward = reference_forward, reference_backward
 
 def choose_attention(name: str, device: torch.device) -> str:
@@ -1725,12 +1721,11 @@ class Run:
     def save(self, name: str):
         """Writes a checkpoint, and then removes the one before. All ranks take part."""
         previous, self.saved = self.saved, Path(self.args.checkpoint or self.args.out) / f"{name}.pt"
-        state = {
-            "script": SCRIPT.name, "source": SCRIPT.read_text(), "args": self.flags, "step": self.step,
-            "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
-            "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
-            "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-            "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
+        state = {"script": SCRIPT.name, "source": SCRIPT.read_text(), "args": self.flags, "step": self.step,
+                 "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
+                 "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
+                 "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
+                 "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1773,16 +1768,15 @@ class Run:
                              capture_output=True, text=True)  # by a shell: then there need not be any git
         cpuinfo = Path("/proc/cpuinfo")
         cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        return {
-            "script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
-            "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
-            "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
-            "device": torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU",
-            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-            "attention": self.attention, "kernels": getattr(self.model, "kernels", {}), "args": self.flags,
-            "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
-            "params": self.model.num_params()}
+        device = torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU"
+        return {"script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
+                "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
+                "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
+                "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
+                "device": device, "attention": self.attention, "kernels": getattr(self.model, "kernels", {}),
+                "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
+                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
+                "params": self.model.num_params(), "args": self.flags}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
