@@ -8,10 +8,10 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-In the last layers attention reads y, the stream after the eighth. The loss is the cross-entropy of 23 sigmoid((W_head
-norm(x - e y) + 5) / 7.5), in training over some rows of W_head; for two thirds of the run W_head is the embedding.
-Norms are gainless RMSNorm; W_down starts at zero. Matrices learn by NorMuon, everything else by Adam. The method is
-that of the public GPT speedrun (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay.
+Three layers add x0; in the last ones attention reads y, the stream after the eighth. The loss is the cross-entropy of
+23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head; for two thirds of the run W_head is
+the embedding. Norms are gainless RMSNorm; W_down starts at zero. Matrices learn by NorMuon, the rest by Adam. This is
+the public GPT speedrun's method (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay.
 """
 import time
 
@@ -634,9 +634,9 @@ class Block(nn.Module):
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
         self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
-        self.paired, self.offset = "p" in word, "o" in word
+        self.injects, self.paired, self.offset = "e" in word, "p" in word, "o" in word
         scales = self.attends and args.attention_scales
-        scalars = {"residual": True, "mlp_residual": True, "inject": True, "bigram_gate": args.bigram_rows,
+        scalars = {"residual": True, "mlp_residual": True, "inject": self.injects, "bigram_gate": args.bigram_rows,
                    "in_scale": scales, "out_scale": scales, "skip": self.takes, "backout": ends}
         for name in (name for name, used in scalars.items() if used):
             self.register_parameter(name, nn.Parameter(torch.empty(())))
@@ -667,7 +667,9 @@ class Block(nn.Module):
 
     def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
-        x = scaled(self.residual, x) + scaled(self.inject, x0)
+        x = scaled(self.residual, x)
+        if self.injects:
+            x = x + scaled(self.inject, x0)
         if bigram is not None:
             x = x + scaled(self.bigram_gate, bigram)
         if self.takes:
@@ -684,9 +686,9 @@ class Model(nn.Module):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
         skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl]v?h?p?o?|-)[<>=]?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]e?v?h?p?o?|-e?)[<>=]?", word) for word in words) or (
                 skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
-            raise UserError(f'--layers "{args.layers}" must be words s, l or -, the first two with v, h, p, o in '
+            raise UserError(f'--layers "{args.layers}" must be words s, l or -, then e, then for s or l v, h, p, o in '
                             "this order, one with > and a later with <, one before the last with =, later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
@@ -899,12 +901,13 @@ class Hyperparameters:
         Stage(120 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "sp sv svp lo> s sp -< s= svh svhp lvho"
-    """a word per layer: s or l attends with the short or long window, - does not attend, v has a value embedding,
-    > keeps the stream after the layer, < adds the kept one before it, = holds the stream after the layer and takes a
-    learned part of it, half at first, off at the end (backout: loss -0.017 at 16M tokens), h has attention read the
-    held one (late input: -0.023), p makes of two heads one that sees both their keys in half the window (paired heads),
-    o puts the half of a key that knows no position one token on (key offset; with p -0.209)"""
+    layers: str = "sep sv svp lo> se sp -< se= svh svhp lvho"
+    """a word per layer: s or l attends with the short or long window, - does not attend, e adds the token's embedding
+    (in three layers, not all: loss -0.036 at 16M tokens), v has a value embedding, > keeps the stream after the layer,
+    < adds the kept one before it, = holds the stream after the layer and takes a learned part of it, half at first, off
+    at the end (backout: -0.017), h has attention read the held one (late input: -0.023), p makes of two heads one that
+    sees both their keys in half the window (paired heads), o puts the half of a key that knows no position one token on
+    (key offset; with p -0.209)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
@@ -942,7 +945,7 @@ PRESETS = {
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
-        document_tails="continue", val_windows=(64, 384), layers="s sv l> -< lv", model_dim=192, num_heads=3,
+        document_tails="continue", val_windows=(64, 384), layers="se sev le> -e< lev", model_dim=192, num_heads=3,
         bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008)}
 
 # ----------------------------------------------------------------------------------------------------------------------

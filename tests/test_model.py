@@ -19,7 +19,7 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "s svp= lpo> -< lvho"
+LAYERS = "se svp= lepo> -e< levho"
 REACH = SHORT - 1 + SHORT // 2 + LONG + 1  # how far back LAYERS see, smear and all: the last reads the second's
 
 
@@ -123,7 +123,7 @@ def naive_hidden(model, tokens) -> Tensor:
     x0, kept, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None, 0.0
     x, bigram = x0, naive_bigram(model, tokens)
     for word, block in zip(words, model.blocks):
-        x = block.residual * x + block.inject * x0 + block.bigram_gate * bigram
+        x = block.residual * x + (block.inject * x0 if "e" in word else 0) + block.bigram_gate * bigram
         x = x + torch.sigmoid(block.skip) * kept if "<" in word else x
         if "-" not in word:
             x = x + naive_attention(block, word, rms(held if "h" in word else x), tokens, heads, scale, frequencies)
@@ -134,21 +134,30 @@ def naive_hidden(model, tokens) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
-                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo", "svpo", LAYERS])
+                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo", "svpo", "se", "-e le",
+                                    "sevpo= lehp", LAYERS])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
     model, tokens = random_model(layers=layers, num_heads=heads), random_tokens(40)
     assert_near(hidden(model, tokens, 40), naive_hidden(model, tokens), 1e-6)  # the rotary embedding is in fp32
 
 
+def test_layers_that_add_the_embedding():
+    assert [i for i, word in enumerate(gpt.PRESETS["speedrun"].layers.split()) if "e" in word] == [0, 4, 7]
+    assert gpt.PRESETS["short"].layers == gpt.PRESETS["speedrun"].layers
+    assert all("e" in word for word in gpt.PRESETS["sample"].layers.split())
+
+
 def test_value_tables_and_skips_are_where_the_words_say():
-    model = random_model(layers="s sv - l> lv s<")
+    model = random_model(layers="s sev - le> lv se<")
     assert not any(hasattr(block, "backout") for block in model.blocks)
     assert [hasattr(block, "backout") for block in random_model(layers="s= s s").blocks] == [False, False, True]
-    has = {name: [hasattr(block, name) for block in model.blocks] for name in ("qkv", "out", "value_table", "skip")}
+    has = {name: [hasattr(block, name) for block in model.blocks]
+           for name in ("qkv", "out", "value_table", "skip", "inject")}
     assert has["qkv"] == has["out"] == [True, True, False, True, True, True]
     assert has["value_table"] == [False, True, False, False, True, False]
     assert has["skip"] == [False] * 5 + [True]
+    assert has["inject"] == [False, True, False, True, False, True]
 
 
 # What a hidden state depends on
@@ -443,7 +452,7 @@ def speedrun() -> gpt.Model:
 def test_num_params_of_the_speedrun(speedrun):
     table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
     matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
-    scalars = 11 * 4 + 10 * 2 + 3 + 12  # of the stream, of attention, skip, backout and smear, and the smear's gate
+    scalars = 11 * 3 + 3 + 10 * 2 + 3 + 12  # of stream, x0, attention; skip, backout, smear and the smear's gate
     bigrams = 377_280 * 768
     assert speedrun.num_params() == {  # embedding, head, 5 value tables
         "total": matrices + 7 * table + bigrams + gates + scalars,
@@ -474,7 +483,8 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 @pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
                                     "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
                                     "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s=",
-                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop"])
+                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop", "e",
+                                    "es", "sve", "e-", "-ee", "s<e"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)

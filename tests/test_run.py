@@ -30,7 +30,7 @@ STAGES = [(256, 32, (8, 16), (1.0, 0.5)), (512, 48, (16, 32), (1.0, 0.0)), (512,
           (512, 64, (16, 48), (1.0, 0.0))]
 TINY = ["--preset", "sample", "--row-tokens", "128", "--micro-batch-tokens", "256", "--val-tokens", "2048",
         "--val-row-tokens", "512", "--val-windows", "16", "32", "--val-every", "0", "--model-dim", "32",
-        "--num-heads", "2", "--layers", "sv= l> -< lvh", "--head-lr", "0.05", "--bigram-rows", "301",
+        "--num-heads", "2", "--layers", "sev= le> -e< levh", "--head-lr", "0.05", "--bigram-rows", "301",
         "--tied-until", "0.5", "--attention-scales", "--no-zero-attention"]
 for i, (batch, longest, windows, weights) in enumerate(STAGES):
     TINY += [f"--stages.{i}.batch-tokens", str(batch), f"--stages.{i}.document-tokens", str(longest),
