@@ -35,6 +35,7 @@ import sys
 import types
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches of changing size fragment less
