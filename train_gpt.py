@@ -543,14 +543,11 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
     max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
     return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
 
-triton = gemm_act = None  # what does not import, plain PyTorch does
 try:
     import triton
     import triton.language as tl
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
-        from quack.gemm_interface import gemm_act, gemm_dact  # it comes with flash-attn-4
-except Exception:  # torch without CUDA, or a package built for another torch or CUDA, which may raise anything
-    pass
+except ImportError:  # torch without CUDA: everything as plain PyTorch has it
+    triton = None
 
 if triton:
     @triton.jit
@@ -615,28 +612,6 @@ class Lookup(torch.autograd.Function):
         total = torch.zeros_like(ctx.table) if ctx.table.grad is None else ctx.table.grad
         total.index_add_(0, *ctx.saved_tensors, grad.to(total.dtype))
         return None if total is ctx.table.grad else total, None
-
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp", mutates_args=())
-def mlp_op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
-    return hidden @ down, preact
-
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp_backward", mutates_args=())
-def mlp_backward_op(dout: Tensor, x: Tensor, up: Tensor, down: Tensor, preact: Tensor) -> list[Tensor]:
-    dpreact, hidden = gemm_dact(dout.contiguous(), down.T, preact, activation="relu_sq", tuned=False)
-    return [dpreact @ up, dpreact.T @ x, hidden.T @ dout]
-
-mlp_op.register_fake(lambda x, up, down: (x.new_empty(x.shape), x.new_empty(len(x), len(up))))
-mlp_backward_op.register_fake(lambda dout, *inputs: [x.new_empty(x.shape) for x in inputs[:3]])
-mlp_op.register_autograd(
-    lambda ctx, dout, _: tuple(mlp_backward_op(dout, *ctx.saved_tensors)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
-
-def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """relu(x @ up.T)^2 @ down: x (T, D), up and down (W, D) -> (T, D). With quack steps are XX% shorter (H100)."""
-    if gemm_act and x.is_cuda and x.dtype == torch.bfloat16:
-        return mlp_op(x, up, down)[0]
-    return F.linear(x, up).relu().square() @ down
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
@@ -727,7 +702,7 @@ class Block(nn.Module):
         x = x.to(x0.dtype)
         if self.attends:
             x = x + self.attention(norm(held if self.late else x), *inputs)
-        x = scaled(self.mlp_residual, x) + mlp(norm(x), self.up, self.down)
+        x = scaled(self.mlp_residual, x) + F.linear(norm(x), self.up).relu().square() @ self.down
         return (x + scaled(self.backout, held) if self.ends else x).to(x0.dtype)
 
 class Model(nn.Module):
@@ -1003,7 +978,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
-SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
+SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "TORCH", "TRITON")  # variables to log
 FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
               "val_every"}  # in which a run and its resumption may differ
 
@@ -1223,10 +1198,10 @@ class Run:
                 "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
                 "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
                 "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
-                "device": device, "attention": self.attention, "params": self.model.num_params(), "args": self.flags,
-                "kernels": ({"MLP": "quack"} if gemm_act else {}) | getattr(self.model, "kernels", {}),
+                "device": device, "attention": self.attention, "kernels": getattr(self.model, "kernels", {}),
                 "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint}
+                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
+                "params": self.model.num_params(), "args": self.flags}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
