@@ -8,10 +8,10 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-Three layers add x0; in the last ones attention reads y, the stream after the eighth. The loss is the cross-entropy of
-23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head; for two thirds of the run W_head is
-the embedding. Norms are gainless RMSNorm; W_down starts at zero. Matrices learn by NorMuon, the rest by Adam. This is
-the public GPT speedrun's method (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay.
+Two layers add x0; in the last ones attention reads y, the stream after the eighth. The loss: cross-entropy of 23 sigmoid(
+(W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, which is the embedding for two thirds of the run.
+Norms are gainless RMSNorm, W_down starts at zero, matrices learn by NorMuon, the rest by Adam. The method is the public
+GPT speedrun's (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay for its lines.
 """
 import time
 
@@ -280,8 +280,8 @@ def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, ca
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
 def sum_by_row(rows: Tensor, grads: Tensor, none: int) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients (N, D) of equal rows (N,), in fp32: (each row once, then `none`, (N,); sums (N, D)). They are
-    sorted: so every rank gets the same bits, and the GPU need not wait to hear how many rows there are."""
+    """Adds up the gradients (N, D) of equal rows (N,), in fp32: (each row once, then `none`, (N,); sums (N, D)). By
+    sorting: so every rank gets the same bits, and the GPU need not wait to hear how many rows there are."""
     rows, order = rows.sort(stable=True)
     place = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)  # of a row among the different ones
     begins = torch.searchsorted(place, torch.arange(len(rows) + 1, device=rows.device))
@@ -289,7 +289,7 @@ def sum_by_row(rows: Tensor, grads: Tensor, none: int) -> tuple[Tensor, Tensor]:
     return F.pad(rows, (0, 1), value=none)[begins[:-1]], sums
 
 def row_update(weights, second, rows, grad, lr, decay, beta, count):
-    """adam_update without momentum, of some rows (N,): weights and second (V, D), grad (N, D), the rest 0-D. In place."""
+    """adam_update without momentum, of rows (N,): weights and second (V, D), grad (N, D), the rest 0-D. In place."""
     old, mean_square = weights[rows], second[rows].lerp(grad.square(), 1 - beta)
     update = grad / ((mean_square / (1 - beta**count)).sqrt() + 1e-10)
     second[rows], weights[rows] = mean_square, old - lr * (update + decay * old * (update * old > 0))
@@ -386,15 +386,15 @@ class AdamBank(Bank):
         self.function(self.master, *self.state.values(), self.grad, *map(torch.tensor, numbers), self.group.cautious)
 
 class RowBank(Bank):
-    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. The ranks send
-    each other the gradients of their tokens' rows, and none of the table's size: XX."""
+    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. The ranks
+    send each other the gradients of their tokens' rows, and nothing of the table's size."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         (name, self.table), = params.items()
         rows, cols = self.table.shape
         alone = SimpleNamespace(rank=0, size=1, sum=lambda tensor: tensor)  # all ranks do the same
         super().__init__(alone, params, unit=(rows + 1) * cols, every=1)  # the last one for places that hold no row
         self.ranks, self.group, self.state = world, groups[name], {"second": torch.zeros_like(self.master)}
-        self.grads, self.table.grad, self.table.looked_up = self.grads[:0], None, []
+        self.table.looked_up, self.table.grad, self.grads, self.grad = [], None, *self.weights.new_empty(2, 0)
         self.function = torch.compile(row_update, dynamic=True, fullgraph=True) if compile else row_update
 
     def reduce(self):
@@ -557,27 +557,24 @@ if triton:
         the loss's gradient. Targets and weights (T, AHEAD), counts (2,), losses (T,)."""
         row = tl.program_id(0).to(tl.int64)
         logits, targets, weights = logits + row * VOCAB, targets + row * AHEAD, weights + row * AHEAD
-        ahead = tl.arange(0, triton.next_power_of_2(AHEAD))
-        target = tl.load(targets + ahead, ahead < AHEAD, 0)
-        weight = tl.load(weights + ahead, ahead < AHEAD, 0.0)
-        chosen = tl.sigmoid((tl.load(logits + target).to(tl.float32) + 5) / 7.5)  # before anything is overwritten
         sums, known, others = tl.zeros((BLOCK,), tl.float32), tl.load(counts), tl.load(counts + 1)
+        weight_sum, chosen = 0.0, 0.0
+        for k in tl.static_range(AHEAD):
+            cap = tl.sigmoid((tl.load(logits + tl.load(targets + k)).to(tl.float32) + 5) / 7.5)
+            weight_sum, chosen = weight_sum + tl.load(weights + k), chosen + tl.load(weights + k) * 23 * cap
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, -float("inf")).to(tl.float32) + 5) / 7.5)
             sums += tl.where(columns < VOCAB, tl.exp(23 * cap), 0.0) * tl.where(columns < known, 1.0, others)
-        total, weight_sum = tl.sum(sums, 0), tl.sum(weight, 0)
-        tl.store(losses + row, weight_sum * tl.log(total) - tl.sum(weight * 23 * chosen, 0))
+        total = tl.sum(sums, 0)
+        tl.store(losses + row, weight_sum * tl.log(total) - chosen)
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, 0.0).to(tl.float32) + 5) / 7.5)
-            share = tl.exp(23 * cap) * tl.where(columns < known, 1.0, others) / total
-            grad = share * weight_sum * cap * (1 - cap) * (23 / 7.5)
-            tl.store(logits + columns, grad.to(logits.dtype.element_ty), columns < VOCAB)
-        tl.debug_barrier()  # the targets' columns once more, with what only they have
-        same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), 1)
-        grad = (tl.exp(23 * chosen) * (weight_sum / total) - same) * chosen * (1 - chosen) * (23 / 7.5)
-        tl.store(logits + target, grad.to(logits.dtype.element_ty), ahead < AHEAD)
+            grad = weight_sum * tl.exp(23 * cap) * tl.where(columns < known, 1.0, others) / total
+            for k in tl.static_range(AHEAD):
+                grad -= tl.where(columns == tl.load(targets + k), tl.load(weights + k), 0.0)
+            tl.store(logits + columns, grad * cap * (1 - cap) * (23 / 7.5), columns < VOCAB)
 
 class SoftcapLoss(torch.autograd.Function):
     """Model.loss behind its norm. The logits are stored once, read twice, and become their own gradient: 28.6 ms for
@@ -596,13 +593,12 @@ class SoftcapLoss(torch.autograd.Function):
 
 class Lookup(torch.autograd.Function):
     """Rows (T,) of a table (V, D) -> (T, D). The gradient goes to the table's RowBank, or straight into table.grad: for
-    50,304 rows 0.58 ms, not 0.95 for one as large as the table (65,536 tokens, H100), with an error of 2% for its bf16."""
+    50,304 rows 0.58 ms, not 0.95 for one as large as the table (65,536 tokens, H100), and 2% off in bf16."""
     @staticmethod
     def forward(ctx, table, rows):
         ctx.table = table
         ctx.save_for_backward(rows)
-        found = F.embedding(rows, table)
-        return found.bfloat16() if found.is_cuda else found
+        return F.embedding(rows, table).to(torch.bfloat16 if table.is_cuda else table.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -642,9 +638,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], dim=-1)
 
 def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
-    """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens.
-    YaRN (arXiv 2309.00071): as it grows, frequencies that turned less than once in it are slowed down to fit the new
-    one, fast ones stay as they are, and the scores are sharpened a little."""
+    """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens. YaRN
+    (arXiv 2309.00071): as it grows, frequencies that turned less than once in it are slowed down to fit the new one,
+    fast ones stay as they are, and the scores are sharpened a little: loss -0.004 (24M tokens)."""
     scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
         keep = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -657,12 +653,10 @@ class Block(nn.Module):
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype, ends: bool):
         super().__init__()
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
-        self.keeps, self.takes, self.holds = ">" in word, "<" in word, "=" in word
         self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
-        self.injects, self.paired, self.offset = "e" in word, "p" in word, "o" in word
-        scales = self.attends and args.attention_scales
+        self.injects, self.paired, self.offset, self.holds = "e" in word, "p" in word, "o" in word, "=" in word
         scalars = {"residual": True, "mlp_residual": True, "inject": self.injects, "bigram_gate": args.bigram_rows,
-                   "in_scale": scales, "out_scale": scales, "skip": self.takes, "backout": ends}
+                   "in_scale": self.attends, "out_scale": self.attends, "backout": ends}
         for name in (name for name, used in scalars.items() if used):
             self.register_parameter(name, nn.Parameter(torch.empty(())))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
@@ -673,9 +667,7 @@ class Block(nn.Module):
             self.value_gate = nn.Parameter(torch.empty(args.num_heads, 12))
 
     def attention(self, x, values, position, cos, sin, cu_seqlens, max_seqlen, window, scale) -> Tensor:
-        qkv, out = self.qkv.flatten(0, 1), self.out
-        if self.args.attention_scales:  # q and k are normed: the factor of qkv is one of v
-            qkv, out = self.in_scale * qkv, self.out_scale * out
+        qkv, out = self.in_scale * self.qkv.flatten(0, 1), self.out_scale * self.out  # q, k are normed: v's
         q, k, v = F.linear(x, qkv).view(len(x), 3, self.args.num_heads, -1).unbind(1)  # (T, H, D / H)
         q, k = norm(q), norm(k)
         if self.valued:  # what a token says whatever its context; a gate per head, 1 at first
@@ -690,15 +682,13 @@ class Block(nn.Module):
         y = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, window, scale)
         return F.linear(y.reshape(len(x), -1), out)
 
-    def forward(self, x, x0, bigram, kept, held, *inputs) -> Tensor:
-        """x, x0 and, where they are used, bigram, kept, held (T, D); inputs: the others of `attention`. -> (T, D)"""
+    def forward(self, x, x0, bigram, held, *inputs) -> Tensor:
+        """x, x0 and, where they are used, bigram, held (T, D); inputs: the others of `attention`. -> (T, D)"""
         x = scaled(self.residual, x)
         if self.injects:
             x = x + scaled(self.inject, x0)
         if bigram is not None:
             x = x + scaled(self.bigram_gate, bigram)
-        if self.takes:
-            x = x + scaled(torch.sigmoid(self.skip), kept)
         x = x.to(x0.dtype)
         if self.attends:
             x = x + self.attention(norm(held if self.late else x), *inputs)
@@ -710,11 +700,10 @@ class Model(nn.Module):
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
-        skip, late = (re.sub(f"[^{marks}]", "", args.layers) for marks in ("<>", "=h"))
-        if not words or not all(re.fullmatch("([sl]e?v?h?p?o?|-e?)[<>=]?", word) for word in words) or (
-                skip not in ("", "><") or not re.fullmatch("(=h*)?", late) or "=" in words[-1]):
+        if not words or not all(re.fullmatch("([sl]e?v?h?p?o?|-e?)=?", word) for word in words) or (
+                not re.fullmatch("(=h*)?", re.sub("[^=h]", "", args.layers)) or "=" in words[-1]):
             raise UserError(f'--layers "{args.layers}" must be words s, l or -, then e, then for s or l v, h, p, o in '
-                            "this order, one with > and a later with <, one before the last with =, later ones with h")
+                            "this order, one before the last with =, later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
             raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
         if "p" in args.layers and args.num_heads % 2:
@@ -737,16 +726,16 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int):
-        """Uniform matrices of std 0.5 / sqrt(columns), zero outputs of MLPs, and of attention with --zero-attention."""
+        """Uniform matrices of std 0.5 / sqrt(columns), zero outputs of MLPs."""
         torch.manual_seed(seed)
         for name, param in self.named_parameters():
-            if name.endswith((".qkv", ".up") if self.args.zero_attention else (".qkv", ".out", ".up")):
+            if name.endswith((".qkv", ".out", ".up")):
                 nn.init.uniform_(param, -(bound := 0.5 * math.sqrt(3 / param.size(-1))), bound)
             elif name.endswith(("embedding", ".value_table")):
                 nn.init.normal_(param, std=1.0 if name == "embedding" else 0.01)
             else:
                 nn.init.constant_(param, {
-                    "residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "skip": -1.5, "bigram_gate": 0.05, "in_scale": 0.5,
+                    "residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "bigram_gate": 0.05, "in_scale": 0.5,
                     "out_scale": 1.0, "backout": -0.5}.get(name.split(".")[-1], 0.0))
         if self.args.tied_until:
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
@@ -782,13 +771,13 @@ class Model(nn.Module):
             places.append((position, angle.cos(), angle.sin(), cu_seqlens, slots * stage.max_seqlen))
         bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
         x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
-        x, kept, held = x0.view_as(x0), None, None  # a block given one tensor twice would compile apart: so, two views
+        x, held = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.long_window if block.long else stage.short_window
             values = Lookup.apply(block.value_table, tokens) if block.valued else None
-            x = block(x, x0, bigram, kept if block.takes else None, held if block.late or block.ends else None, values,
-                      *places[block.paired], window, stage.scale)
-            kept, held = x if block.keeps else kept, x.view_as(x) if block.holds else held
+            x = block(x, x0, bigram, held if block.late or block.ends else None, values, *places[block.paired], window,
+                      stage.scale)
+            held = x.view_as(x) if block.holds else held
         return x, position
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
@@ -821,16 +810,13 @@ class Model(nn.Module):
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
         weights = stage.loss_weights * torch.stack([position.roll(-k) == position + k for k in ahead], 1)
         rows, place, counts = self.candidates(later, tokens.sum(), stage.candidates)  # the sum: another at every step
-        head, later = Lookup.apply(self.head, rows), place[later]
-        parts = x, later.clamp(min=0), weights * (later >= 0)  # without targets that no place was left for
-        chunks = zip(*(part.split(self.args.loss_chunk_tokens) for part in parts))  # no tensor outgrows their logits
-        return torch.stack([self.loss(head, counts, *chunk) for chunk in chunks]).sum()
+        weights, later = weights * (place[later] >= 0), place[later].clamp(min=0)  # those that had a place
+        return self.loss(Lookup.apply(self.head, rows), counts, x, later, weights)
 
     def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
         """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
-        args, stage = self.args, self.args.stages[index]
-        following = args.stages[min(index + 1, len(args.stages) - 1)]
-        windows, bound = stage.windows, stage.document_tokens
+        args, stage, *later = self.args, *self.args.stages[index:]
+        windows, bound, following = stage.windows, stage.document_tokens, (later or [stage])[0]
         weights = [(1 - progress) * a + progress * b for a, b in zip(stage.loss_weights, following.loss_weights)]
         if validation:
             windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
@@ -846,10 +832,8 @@ class Model(nn.Module):
         def like(*endings: str) -> dict[str, nn.Parameter]:
             return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
-        embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
-        if args.tied_until:
-            embedding = replace(head, params=embedding.params, tied_to="head")
-        scalars = like("residual", ".inject", ".skip", "smear", "_scale", "backout")
+        embedding = replace(head, params=like("embedding"), tied_to="head" if args.tied_until else "")
+        scalars = like("residual", ".inject", "smear", "_scale", "backout")
         groups = [ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
                   ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
                   ParamGroup("rows", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.0, 0.95)),
@@ -891,8 +875,7 @@ class Stage:
     windows: tuple[int, int]  # short and long attention window, in tokens
     lr: float  # learning-rate factor before the cooldown
     loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
-    candidates: int = 0  # rows of the head in the training loss: a micro-batch's targets, and others (0: all)
-    # 16,384 make a step 17.6% shorter; before the others were weighted, for a loss 0.006 higher (24M tokens)
+    candidates: int = 0  # rows of the head in the training loss (0: all); 16,384: -17.6% time, loss +0.006 (24M)
 
 @dataclass
 class Hyperparameters:
@@ -916,7 +899,6 @@ class Hyperparameters:
 
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
-    loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
@@ -926,19 +908,16 @@ class Hyperparameters:
         Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "sep sv svp lo> se sp -< se= svh svhp lvho"
+    layers: str = "sep svp svp lo s sep - s= svh svh lvho"
     """a word per layer: s or l attends with the short or long window, - does not attend, e adds the token's embedding
-    (in three layers, not all: loss -0.036 at 16M tokens), v has a value embedding, > keeps the stream after the layer,
-    < adds the kept one before it, = holds the stream after the layer and takes a learned part of it, half at first, off
-    at the end (backout: -0.017), h has attention read the held one (late input: -0.023), p makes of two heads one that
-    sees both their keys in half the window (paired heads), o puts the half of a key that knows no position one token on
-    (key offset; with p -0.209)"""
+    (in two layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream
+    after the layer and takes a learned part of it, half at first, off at the end (backout: -0.017 at 16M), h has
+    attention read the held one (late input: -0.023), p makes of two heads one that sees both their keys in half the
+    window (paired heads), o puts the half of a key that knows no position one token on (key offset; with p -0.209)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never): -0.254 (16M)
-    attention_scales: bool = True  # learned factors of attention's input and output matrices, at first 0.5, 1: -0.049
-    zero_attention: bool = False  # attention's output matrices begin at zero, as the MLP's do
 
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
     lr_floor: float = 0.15  # learning-rate factor after the cooldown
@@ -946,10 +925,8 @@ class Hyperparameters:
     muon_weight_decay: float = 0.0276  # matrices
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # Muon's momentum at the ends of the run, and in between
     muon_ramps: tuple[float, float] = (0.233, 0.039)  # parts of the run in which the momentum rises, and falls
-    head_lr: float = 0.008  # output head, Adam
-    head_weight_decay: float = 0.006  # output head
-    embedding_lr: float = 0.3  # token embedding, Adam; one that is tied at first learns like the head
-    embedding_weight_decay: float = 0.005  # token embedding, likewise
+    head_lr: float = 0.008  # output head and token embedding, Adam
+    head_weight_decay: float = 0.006  # output head and token embedding
     value_lr: float = 0.6  # value embeddings, Adam
     value_weight_decay: float = 0.015  # value embeddings and bigram table
     bigram_lr: float = 0.9  # bigram table, Adam without momentum
@@ -970,8 +947,8 @@ PRESETS = {
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
-        document_tails="continue", val_windows=(64, 384), layers="se sev le> -e< lev", model_dim=192, num_heads=3,
-        bigram_rows=0, tied_until=0.0, attention_scales=False, zero_attention=True, smear_gate_lr=0.008)}
+        document_tails="continue", val_windows=(64, 384), layers="se sev le -e lev", model_dim=192, num_heads=3,
+        bigram_rows=0, tied_until=0.0, smear_gate_lr=0.008)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]
@@ -991,8 +968,8 @@ class Schedule:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
-        if min(args.micro_batch_tokens, args.loss_chunk_tokens) < 1:
-            raise UserError("--micro-batch-tokens and --loss-chunk-tokens must be 1 at the least")
+        if args.micro_batch_tokens < 1:
+            raise UserError("--micro-batch-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
             raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
                             f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")

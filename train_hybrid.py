@@ -284,8 +284,8 @@ def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, ca
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
 def sum_by_row(rows: Tensor, grads: Tensor, none: int) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients (N, D) of equal rows (N,), in fp32: (each row once, then `none`, (N,); sums (N, D)). They are
-    sorted: so every rank gets the same bits, and the GPU need not wait to hear how many rows there are."""
+    """Adds up the gradients (N, D) of equal rows (N,), in fp32: (each row once, then `none`, (N,); sums (N, D)). By
+    sorting: so every rank gets the same bits, and the GPU need not wait to hear how many rows there are."""
     rows, order = rows.sort(stable=True)
     place = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)  # of a row among the different ones
     begins = torch.searchsorted(place, torch.arange(len(rows) + 1, device=rows.device))
@@ -293,7 +293,7 @@ def sum_by_row(rows: Tensor, grads: Tensor, none: int) -> tuple[Tensor, Tensor]:
     return F.pad(rows, (0, 1), value=none)[begins[:-1]], sums
 
 def row_update(weights, second, rows, grad, lr, decay, beta, count):
-    """adam_update without momentum, of some rows (N,): weights and second (V, D), grad (N, D), the rest 0-D. In place."""
+    """adam_update without momentum, of rows (N,): weights and second (V, D), grad (N, D), the rest 0-D. In place."""
     old, mean_square = weights[rows], second[rows].lerp(grad.square(), 1 - beta)
     update = grad / ((mean_square / (1 - beta**count)).sqrt() + 1e-10)
     second[rows], weights[rows] = mean_square, old - lr * (update + decay * old * (update * old > 0))
@@ -390,15 +390,15 @@ class AdamBank(Bank):
         self.function(self.master, *self.state.values(), self.grad, *map(torch.tensor, numbers), self.group.cautious)
 
 class RowBank(Bank):
-    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. The ranks send
-    each other the gradients of their tokens' rows, and none of the table's size: XX."""
+    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. The ranks
+    send each other the gradients of their tokens' rows, and nothing of the table's size."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         (name, self.table), = params.items()
         rows, cols = self.table.shape
         alone = SimpleNamespace(rank=0, size=1, sum=lambda tensor: tensor)  # all ranks do the same
         super().__init__(alone, params, unit=(rows + 1) * cols, every=1)  # the last one for places that hold no row
         self.ranks, self.group, self.state = world, groups[name], {"second": torch.zeros_like(self.master)}
-        self.grads, self.table.grad, self.table.looked_up = self.grads[:0], None, []
+        self.table.looked_up, self.table.grad, self.grads, self.grad = [], None, *self.weights.new_empty(2, 0)
         self.function = torch.compile(row_update, dynamic=True, fullgraph=True) if compile else row_update
 
     def reduce(self):
@@ -561,27 +561,24 @@ if triton:
         the loss's gradient. Targets and weights (T, AHEAD), counts (2,), losses (T,)."""
         row = tl.program_id(0).to(tl.int64)
         logits, targets, weights = logits + row * VOCAB, targets + row * AHEAD, weights + row * AHEAD
-        ahead = tl.arange(0, triton.next_power_of_2(AHEAD))
-        target = tl.load(targets + ahead, ahead < AHEAD, 0)
-        weight = tl.load(weights + ahead, ahead < AHEAD, 0.0)
-        chosen = tl.sigmoid((tl.load(logits + target).to(tl.float32) + 5) / 7.5)  # before anything is overwritten
         sums, known, others = tl.zeros((BLOCK,), tl.float32), tl.load(counts), tl.load(counts + 1)
+        weight_sum, chosen = 0.0, 0.0
+        for k in tl.static_range(AHEAD):
+            cap = tl.sigmoid((tl.load(logits + tl.load(targets + k)).to(tl.float32) + 5) / 7.5)
+            weight_sum, chosen = weight_sum + tl.load(weights + k), chosen + tl.load(weights + k) * 23 * cap
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, -float("inf")).to(tl.float32) + 5) / 7.5)
             sums += tl.where(columns < VOCAB, tl.exp(23 * cap), 0.0) * tl.where(columns < known, 1.0, others)
-        total, weight_sum = tl.sum(sums, 0), tl.sum(weight, 0)
-        tl.store(losses + row, weight_sum * tl.log(total) - tl.sum(weight * 23 * chosen, 0))
+        total = tl.sum(sums, 0)
+        tl.store(losses + row, weight_sum * tl.log(total) - chosen)
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, 0.0).to(tl.float32) + 5) / 7.5)
-            share = tl.exp(23 * cap) * tl.where(columns < known, 1.0, others) / total
-            grad = share * weight_sum * cap * (1 - cap) * (23 / 7.5)
-            tl.store(logits + columns, grad.to(logits.dtype.element_ty), columns < VOCAB)
-        tl.debug_barrier()  # the targets' columns once more, with what only they have
-        same = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), 1)
-        grad = (tl.exp(23 * chosen) * (weight_sum / total) - same) * chosen * (1 - chosen) * (23 / 7.5)
-        tl.store(logits + target, grad.to(logits.dtype.element_ty), ahead < AHEAD)
+            grad = weight_sum * tl.exp(23 * cap) * tl.where(columns < known, 1.0, others) / total
+            for k in tl.static_range(AHEAD):
+                grad -= tl.where(columns == tl.load(targets + k), tl.load(weights + k), 0.0)
+            tl.store(logits + columns, grad * cap * (1 - cap) * (23 / 7.5), columns < VOCAB)
 
 class SoftcapLoss(torch.autograd.Function):
     """Model.loss behind its norm. The logits are stored once, read twice, and become their own gradient: 28.6 ms for
@@ -600,13 +597,12 @@ class SoftcapLoss(torch.autograd.Function):
 
 class Lookup(torch.autograd.Function):
     """Rows (T,) of a table (V, D) -> (T, D). The gradient goes to the table's RowBank, or straight into table.grad: for
-    50,304 rows 0.58 ms, not 0.95 for one as large as the table (65,536 tokens, H100), with an error of 2% for its bf16."""
+    50,304 rows 0.58 ms, not 0.95 for one as large as the table (65,536 tokens, H100), and 2% off in bf16."""
     @staticmethod
     def forward(ctx, table, rows):
         ctx.table = table
         ctx.save_for_backward(rows)
-        found = F.embedding(rows, table)
-        return found.bfloat16() if found.is_cuda else found
+        return F.embedding(rows, table).to(torch.bfloat16 if table.is_cuda else table.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -1396,10 +1392,8 @@ class Model(nn.Module):
         later = torch.stack([targets.roll(-k) for k in ahead], 1)
         weights = stage.loss_weights * torch.stack([position.roll(-k) == position + k for k in ahead], 1)
         rows, place, counts = self.candidates(later, tokens.sum(), stage.candidates)  # the sum: another at every step
-        head, later = Lookup.apply(self.head, rows), place[later]
-        parts = x, later.clamp(min=0), weights * (later >= 0)  # without targets that no place was left for
-        chunks = zip(*(part.split(self.args.loss_chunk_tokens) for part in parts))  # no tensor outgrows their logits
-        return torch.stack([self.loss(head, counts, *chunk) for chunk in chunks]).sum()
+        weights, later = weights * (place[later] >= 0), place[later].clamp(min=0)  # those that had a place
+        return self.loss(Lookup.apply(self.head, rows), counts, x, later, weights)
 
     def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
         """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
@@ -1422,9 +1416,7 @@ class Model(nn.Module):
             return {name: named.pop(name) for name in list(named) if name.split(".")[-1] in kinds}
 
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
-        embedding = ParamGroup("adam", like("embedding"), args.embedding_lr, args.embedding_weight_decay, (0.75, 0.95))
-        if args.tied_until:
-            embedding = replace(head, params=embedding.params, tied_to="head")
+        embedding = replace(head, params=like("embedding"), tied_to="head" if args.tied_until else "")
         scalars = like("residual", "mlp_residual", "inject", "smear", "backout")
         groups = [
             ParamGroup("muon", like("down"), 2 * args.muon_lr, args.muon_weight_decay),
@@ -1512,7 +1504,6 @@ class Hyperparameters:
 
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
-    loss_chunk_tokens: int = 65_536  # most tokens whose logits are held at once
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
@@ -1523,7 +1514,7 @@ class Hyperparameters:
     )
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
-    layers: str = "l dv lv r dv l r dv lv"
+    layers: str = "l dv lv r dv l= rh dvh lvh"
     """a letter per layer: l attends locally, r does with the keys and values of the last l, d attends globally; behind
     it v adds a value embedding (not to r), = holds the stream after the layer and takes a learned part of it, half at
     first, off at the end (backout), h has the layer's heads read the held one (late input)"""
@@ -1536,7 +1527,7 @@ class Hyperparameters:
     nope: bool = True  # global layers know no positions; otherwise rotary embedding
     ssmax: bool = True  # scalable softmax in global layers
     ssmax_init: float = 1.0  # its factor at first; 0.144 leaves the scores of a query that sees 1,024 keys as they are
-    local_base: float = 163.0  # of the rotary embedding in local layers: the slowest turns once in 1,024 tokens
+    local_base: float = 10_000.0  # of the rotary embedding in local layers; Dragon's 163: loss +0.065 (24M tokens)
     global_base: float = 10_000.0  # of the rotary embedding in global layers, with --no-nope
     recurrent: Literal["gdn", "mamba2", "none"] = "gdn"  # gated delta rule, Mamba-2, or attention alone
     recurrent_heads: int = 6  # recurrent heads; their keys are half as wide as their values
@@ -1558,10 +1549,8 @@ class Hyperparameters:
     muon_weight_decay: float = 0.0276  # matrices
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # Muon's momentum at the ends of the run, and in between
     muon_ramps: tuple[float, float] = (0.233, 0.039)  # parts of the run in which the momentum rises, and falls
-    head_lr: float = 0.008  # output head, Adam
-    head_weight_decay: float = 0.006  # output head
-    embedding_lr: float = 0.3  # token embedding, Adam; one that is tied at first learns like the head
-    embedding_weight_decay: float = 0.005  # token embedding, likewise
+    head_lr: float = 0.008  # output head and token embedding, Adam
+    head_weight_decay: float = 0.006  # output head and token embedding
     value_lr: float = 0.6  # value embeddings, Adam
     value_weight_decay: float = 0.015  # value embeddings and bigram table
     bigram_lr: float = 0.9  # bigram table, Adam without momentum
@@ -1586,7 +1575,7 @@ PRESETS = {
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
-        document_tails="continue", val_windows=(64, 384), layers="lv d r dv", model_dim=192,
+        document_tails="continue", val_windows=(64, 384), layers="lv d r dv", local_base=163.0, model_dim=192,
         num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3, bigram_rows=0, tied_until=0.0, smear_gate_lr=0.008),
     "dragon": Hyperparameters(  # 20 layers, 759M parameters, 10B tokens in documents of 4,736
         preset="dragon", max_tokens=32_990 * 303_104, optimizer="adamw", adamw_lr=9.7e-4, row_tokens=4736,
@@ -1595,7 +1584,7 @@ PRESETS = {
             dragon_stage(0.4, 4736, 1.0)),
         document_tails="continue", val_windows=(1024, 4736), cooldown=(0.85, 1.0), lr_floor=0.0,
         layers=default_layers(20), model_dim=1280, expand=2, num_heads=20, kv_heads=10, diff_heads=10,
-        recurrent_heads=20, extras=False, bigram_rows=0, tied_until=0.0, init_std=0.006),
+        recurrent_heads=20, local_base=163.0, extras=False, bigram_rows=0, tied_until=0.0, init_std=0.006),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1616,8 +1605,8 @@ class Schedule:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
         if len({len(stage.loss_weights) for stage in args.stages}) > 1:
             raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
-        if min(args.micro_batch_tokens, args.loss_chunk_tokens) < 1:
-            raise UserError("--micro-batch-tokens and --loss-chunk-tokens must be 1 at the least")
+        if args.micro_batch_tokens < 1:
+            raise UserError("--micro-batch-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
             raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
                             f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
