@@ -8,10 +8,10 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-Two layers add x0; in the last ones attention reads y, the stream after the eighth. The loss: cross-entropy of 23 sigmoid(
-(W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, which is the embedding for two thirds of the run.
-Norms are gainless RMSNorm, W_down starts at zero, matrices learn by NorMuon, the rest by Adam. The method is the public
-GPT speedrun's (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay for its lines.
+Two layers add x0; in the last ones attention reads y, the stream after the eighth. The loss: the cross-entropy of
+23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, the embedding for two thirds of the
+run. Norms are gainless RMSNorm, W_down starts at zero, matrices learn by NorMuon, the rest by Adam. The method is the
+public GPT speedrun's (github.com/KellerJordan/modded-nanogpt, records 89 and 92), less what does not pay for its lines.
 """
 import time
 
@@ -765,10 +765,9 @@ class Model(nn.Module):
         index = torch.arange(len(tokens), device=tokens.device)
         position = index - cu_seqlens[torch.bucketize(index, cu_seqlens, right=True) - 1]
         places = []
-        for slots in (1, 2):  # of each token in the sequence: where heads are paired it has two
-            slot = (slots * position[:, None] + torch.arange(slots, device=tokens.device)).view(-1, 1, 1)
-            angle = slot * stage.frequencies
-            places.append((position, angle.cos(), angle.sin(), cu_seqlens, slots * stage.max_seqlen))
+        for n in (1, 2):  # slots of a token in the sequence: where heads are paired it has two
+            angle = (n * position[:, None] + torch.arange(n, device=tokens.device)).view(-1, 1, 1) * stage.frequencies
+            places.append((position, angle.cos(), angle.sin(), cu_seqlens, n * stage.max_seqlen))
         bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
         x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
         x, held = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
@@ -827,18 +826,17 @@ class Model(nn.Module):
         return StageInputs(*numbers, *on_device, self.vocab_size if whole else stage.candidates)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Which parameter learns how, by name."""
+        """Which parameter learns how, by name; the largest first, because nothing hides what travels last."""
         args, named = self.args, dict(self.named_parameters())
         def like(*endings: str) -> dict[str, nn.Parameter]:
             return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
-        embedding = replace(head, params=like("embedding"), tied_to="head" if args.tied_until else "")
         scalars = like("residual", ".inject", "smear", "_scale", "backout")
         groups = [ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
                   ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
                   ParamGroup("rows", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.0, 0.95)),
                   ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
-                  head, embedding,  # the largest go first: what travels last, nothing hides
+                  head, replace(head, params=like("embedding"), tied_to="head" if args.tied_until else ""),
                   ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
                   ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
                   ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99))]
