@@ -58,9 +58,15 @@ def milliseconds_alone(function, gpu: bool, repeats: int) -> float:
     """The same without what the ranks send each other: its results are wrong, and take the same time."""
     names, done = ("reduce_scatter_tensor", "all_gather_into_tensor"), SimpleNamespace(wait=lambda: None)
     real = {name: getattr(dist, name) for name in names}
+
+    def nothing(whole, part, **_):
+        if not part.is_floating_point():  # rows of a table, which must exist: this rank's
+            whole.view(-1, *part.shape).copy_(part)
+        return done
+
     try:
         for name in names:
-            setattr(dist, name, lambda *_, **__: done)
+            setattr(dist, name, nothing)
         return milliseconds(function, gpu, repeats)
     finally:
         for name in names:

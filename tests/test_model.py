@@ -19,7 +19,7 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "se svp= lepo> -e< levho"
+LAYERS = "se svp= lepo -e levho"
 REACH = SHORT - 1 + SHORT // 2 + LONG + 1  # how far back LAYERS see, smear and all: the last reads the second's
 
 
@@ -34,7 +34,7 @@ def stage(**changes) -> gpt.Stage:
 
 def tiny(**changes) -> gpt.Hyperparameters:
     defaults = {"layers": LAYERS, "model_dim": 32, "num_heads": 2, "stages": (stage(),) * 4, "val_windows": (7, 9),
-                "val_row_tokens": 300, "bigram_rows": 501, "attention_scales": True}
+                "val_row_tokens": 300, "bigram_rows": 501}
     return dataclasses.replace(gpt.PRESETS["sample"], **(defaults | changes))
 
 
@@ -120,21 +120,20 @@ def naive_hidden(model, tokens) -> Tensor:
     scale, frequencies = gpt.yarn([LONG], model.args.model_dim // heads)
     x = model.embedding[tokens]
     smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
-    x0, kept, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), None, 0.0
+    x0, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), 0.0
     x, bigram = x0, naive_bigram(model, tokens)
     for word, block in zip(words, model.blocks):
         x = block.residual * x + (block.inject * x0 if "e" in word else 0) + block.bigram_gate * bigram
-        x = x + torch.sigmoid(block.skip) * kept if "<" in word else x
         if "-" not in word:
             x = x + naive_attention(block, word, rms(held if "h" in word else x), tokens, heads, scale, frequencies)
         x = block.mlp_residual * x + (rms(x) @ block.up.T).relu() ** 2 @ block.down
-        kept, held = x if ">" in word else kept, x if "=" in word else held
+        held = x if "=" in word else held
     return x + block.backout * held if "=" in model.args.layers else x
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s> -<", "s> l s<", "->  lv sv<", "s= s", "-= lh",
-                                    "s> l= svh< lvh", "sp", "lvp s= lhp", "lo", "svpo", "se", "-e le",
+@pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s -", "s l s", "-  lv sv", "s= s", "-= lh",
+                                    "s l= svh lvh", "sp", "lvp s= lhp", "lo", "svpo", "se", "-e le",
                                     "sevpo= lehp", LAYERS])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
@@ -143,20 +142,19 @@ def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
 
 
 def test_layers_that_add_the_embedding():
-    assert [i for i, word in enumerate(gpt.PRESETS["speedrun"].layers.split()) if "e" in word] == [0, 4, 7]
+    assert [i for i, word in enumerate(gpt.PRESETS["speedrun"].layers.split()) if "e" in word] == [0, 5]
     assert gpt.PRESETS["short"].layers == gpt.PRESETS["speedrun"].layers
     assert all("e" in word for word in gpt.PRESETS["sample"].layers.split())
 
 
-def test_value_tables_and_skips_are_where_the_words_say():
-    model = random_model(layers="s sev - le> lv se<")
+def test_parameters_are_where_the_words_say():
+    model = random_model(layers="s sev - le lv se")
     assert not any(hasattr(block, "backout") for block in model.blocks)
     assert [hasattr(block, "backout") for block in random_model(layers="s= s s").blocks] == [False, False, True]
     has = {name: [hasattr(block, name) for block in model.blocks]
-           for name in ("qkv", "out", "value_table", "skip", "inject")}
-    assert has["qkv"] == has["out"] == [True, True, False, True, True, True]
+           for name in ("qkv", "out", "in_scale", "out_scale", "value_table", "inject")}
+    assert has["qkv"] == has["out"] == has["in_scale"] == has["out_scale"] == [True, True, False, True, True, True]
     assert has["value_table"] == [False, True, False, False, True, False]
-    assert has["skip"] == [False] * 5 + [True]
     assert has["inject"] == [False, True, False, True, False, True]
 
 
@@ -175,7 +173,7 @@ def test_a_token_changes_no_hidden_state_before_it_and_some_after():
 
 
 @pytest.mark.parametrize("layers, reach", [
-    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s> -<", SHORT), ("l> lv -<", 2 * LONG - 1),
+    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s -", SHORT), ("l lv -", 2 * LONG - 1),
     ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1)),
     ("sp", SHORT // 2 + 1), ("lp", LONG // 2 + 1), ("lp s", LONG // 2 + SHORT),
     ("so", SHORT + 1), ("lpo", LONG // 2 + 2), ("lo s", LONG + SHORT)])
@@ -223,7 +221,7 @@ def test_scores_depend_on_relative_position_only():
     model, seen = random_model(), []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     hidden(model, random_tokens(100), 40, 60)
-    cos, sin = seen[7:9]
+    cos, sin = seen[6:8]
     assert cos.size(0) == sin.size(0) == 100
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=generator).expand(2, 100, 1, 16)
@@ -263,17 +261,6 @@ def test_loss_equals_naive_cross_entropy(weights):
     assert loss.ndim == 0 and loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
-def test_chunks_of_the_loss_change_neither_it_nor_its_gradients(chunk):
-    results, tokens, targets = [], random_tokens(100), random_tokens(100, seed=1)
-    for loss_chunk_tokens in (chunk, 1000):
-        model = random_model(loss_chunk_tokens=loss_chunk_tokens, stages=(stage(loss_weights=(1.0, 0.5)),) * 4)
-        loss = model(tokens, targets, borders(30, 70), model.stage_inputs(0))
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for x, y in zip(*results):
-        assert_near(x, y, 1e-4)
-
-
 @pytest.mark.parametrize("vocab_size, padded", [(257, 384), (384, 384), (50257, 50304)])
 def test_initial_loss_is_the_logarithm_of_the_padded_vocabulary(vocab_size, padded):
     model = gpt.Model(tiny(model_dim=16, num_heads=1, layers="s"), vocab_size, CPU, torch.float32)
@@ -297,7 +284,7 @@ def test_a_tied_run_begins_with_embedding_and_head_alike_and_learning_alike():
 
 
 def test_first_values_of_what_is_learned_besides_matrices():
-    model = gpt.Model(tiny(zero_attention=False), VOCAB, CPU, torch.float32)
+    model = gpt.Model(tiny(), VOCAB, CPU, torch.float32)
     model.initialise(0)
     assert model.blocks[-1].backout.item() == -0.5 and not model.bigram_table.any()
     for block in model.blocks:
@@ -314,7 +301,7 @@ def test_signs_of_bigrams_are_the_same_in_every_model_and_even():
     assert set(one.signs.unique().tolist()) == {-1, 1} and abs(one.signs.mean().item()) < 0.01
 
 
-def test_initialisation_depends_on_the_seed_alone_and_passes_the_stream_through():
+def test_initialisation_depends_on_the_seed_alone_and_mlps_begin_with_nothing():
     models = [gpt.Model(tiny(), VOCAB, CPU, torch.float32) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2)):
         torch.rand(seed)  # whatever the generator did before
@@ -323,9 +310,12 @@ def test_initialisation_depends_on_the_seed_alone_and_passes_the_stream_through(
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["blocks.0.qkv"], other["blocks.0.qkv"])
     for block in models[0].blocks:
-        assert not block.down.any() and not (hasattr(block, "out") and block.out.any())
-        assert block.up.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
-    x, x0 = hidden(models[0], random_tokens(50), 50), gpt.norm(models[0].embedding[random_tokens(50)])
+        for name in ("qkv", "out", "up") if block.attends else ("up",):
+            assert getattr(block, name).std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05), name
+        assert not block.down.any()
+    flat = gpt.Model(tiny(layers="-e - -", bigram_rows=0), VOCAB, CPU, torch.float32)
+    flat.initialise(0)
+    x, x0 = hidden(flat, random_tokens(50), 50), gpt.norm(flat.embedding[random_tokens(50)])
     assert F.cosine_similarity(x, x0, dim=1).min() > 0.9999
 
 
@@ -452,7 +442,7 @@ def speedrun() -> gpt.Model:
 def test_num_params_of_the_speedrun(speedrun):
     table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
     matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
-    scalars = 11 * 3 + 3 + 10 * 2 + 3 + 12  # of stream, x0, attention; skip, backout, smear and the smear's gate
+    scalars = 11 * 3 + 2 + 10 * 2 + 2 + 12  # of stream, x0, attention; backout, smear and the smear's gate
     bigrams = 377_280 * 768
     assert speedrun.num_params() == {  # embedding, head, 5 value tables
         "total": matrices + 7 * table + bigrams + gates + scalars,
@@ -480,11 +470,10 @@ def test_cache_bytes_of_the_speedrun(speedrun, context, keys):
 # Refusals
 
 
-@pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s s<", "s< s>", "s> s> s<",
-                                    "s> s< s<", "s><", "s<>", "s>s<", "s > s <", "s> l< s> l<", "s,s", "s-", "sh",
-                                    "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs", "s>= s<", "s=",
-                                    "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop", "e",
-                                    "es", "sve", "e-", "-ee", "s<e"])
+@pytest.mark.parametrize("layers", ["", " ", "x", "ss", "sl", "v", "-v", "vs", "S", "s>", "s<", "s> s<", "s>=", "s,s",
+                                    "s-", "sh", "sh s=", "s= -h", "s= shv", "s= h", "s= s=", "s=h", "sh=", "s= hs",
+                                    "s=", "p", "-p", "spv", "sph", "spp", "ps", "o", "-o", "sov", "sop", "e", "es",
+                                    "sve", "e-", "-ee"])
 def test_wrong_layers_are_refused_in_one_line(layers):
     with pytest.raises(gpt.UserError, match="--layers") as refusal:
         gpt.Model(tiny(layers=layers), VOCAB, CPU, torch.float32)
@@ -525,11 +514,11 @@ METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
     "qkv": ("muon", 0.023, 0.0276, None), "out": ("muon", 0.023, 0.0276, None), "up": ("muon", 0.023, 0.0276, None),
     "down": ("muon", 0.046, 0.0276, None), "head": ("adam", 0.008, 0.006, (0.5, 0.95)),
     "embedding": ("adam", 0.008, 0.006, (0.5, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
-    "bigram_table": ("adam", 0.6, 0.015, (0.75, 0.95)), "bigram_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
+    "bigram_table": ("rows", 0.9, 0.015, (0.0, 0.95)), "bigram_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
     "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "smear_gate": ("adam", 8e-5, 0.0, (0.9, 0.99)),
     "smear": ("adam", 0.04, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "inject": ("adam", 0.04, 0.0, (0.9, 0.99)),
-    "skip": ("adam", 0.04, 0.0, (0.9, 0.99)), "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "in_scale": ("adam", 0.04, 0.0, (0.9, 0.99)), "out_scale": ("adam", 0.04, 0.0, (0.9, 0.99)),
 }
 
@@ -571,11 +560,11 @@ def test_presets():
 def test_flags_change_a_preset():
     args = gpt.parse_args([
         "--preset", "sample", "--max-tokens", "1000", "--layers", "s -", "--model-dim=64", "--compile",
-        *"--cooldown 0.1 0.2 --stages.0.batch-tokens 4096 --stages.3.windows 5 6 --stages.1.loss-weights 1 .5".split()])
+        *"--cooldown 0.1 0.2 --stages.0.batch-tokens 4096 --stages.3.windows 5 6 --stages.1.candidates 128".split()])
     first, second, third, last = gpt.PRESETS["sample"].stages
     assert args == dataclasses.replace(
         gpt.PRESETS["sample"], max_tokens=1000, layers="s -", model_dim=64, compile=True, cooldown=(0.1, 0.2), stages=(
-            dataclasses.replace(first, batch_tokens=4096), dataclasses.replace(second, loss_weights=(1.0, 0.5)), third,
+            dataclasses.replace(first, batch_tokens=4096), dataclasses.replace(second, candidates=128), third,
             dataclasses.replace(last, windows=(5, 6))))
 
 
@@ -615,7 +604,7 @@ def test_help_exits_with_0_and_explains_every_flag(capsys, monkeypatch):
 
     shown = capsys.readouterr().out
     assert words(gpt.__doc__) in words(shown)
-    options = re.split(r"^\W*(?=--[a-z])", shown, flags=re.M)[1:]
+    options = re.split(r"^\W{0,3}(?=--[a-z])", shown, flags=re.M)[1:]
     sections = {re.match(r"--[\w.-]+", option)[0]: words(option) for option in options}
     for cls, prefix in ((gpt.Hyperparameters, "--"), (gpt.Stage, "--stages.2.")):
         texts = help_texts(cls)

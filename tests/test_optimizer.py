@@ -18,7 +18,8 @@ BATCH = gpt.PRESETS["sample"].stages[0].batch_tokens
 
 
 def world(size=1) -> types.SimpleNamespace:
-    return types.SimpleNamespace(rank=0, size=size, gpu=False, device=CPU, dtype=torch.float32, sum=lambda x: x)
+    return types.SimpleNamespace(rank=0, size=size, gpu=False, device=CPU, dtype=torch.float32, sum=lambda x: x,
+                                 gather=lambda x: x)
 
 
 # Schedule
@@ -168,12 +169,13 @@ def test_polar_express_treats_each_matrix_of_a_stack_alone_and_whatever_its_size
 # The optimiser against a second one, dense, in float64, a parameter at a time, written from the formulas
 
 SHAPES = {"qkv": (3, 8, 8), "out": (8, 8), "up": (32, 8), "a.down": (32, 8), "b.down": (32, 8), "wide": (8, 24),
-          "head": (24, 8), "gate": (13,), "scalar": ()}  # banks of 4, 3 and 1 matrices
+          "head": (24, 8), "gate": (13,), "scalar": (), "table": (20, 6)}  # banks of 4, 3 and 1 matrices
 GROUPS = (
     dict(method="muon", names=("qkv", "out", "up", "wide"), lr=0.02, weight_decay=0.5),
     dict(method="muon", names=("a.down", "b.down"), lr=0.04, weight_decay=0.3),
     dict(method="adam", names=("head", "scalar"), lr=0.03, weight_decay=0.4, betas=(0.5, 0.95)),
     dict(method="adam", names=("gate",), lr=0.05, betas=(0.9, 0.99), every=1),
+    dict(method="rows", names=("table",), lr=0.06, weight_decay=0.6, betas=(0.0, 0.9)),
 )
 
 
@@ -200,10 +202,20 @@ def factors(step: int) -> tuple[float, float]:
     return 1.0 - 0.1 * step, 0.85 + 0.01 * step
 
 
-def train(params, optimizer, steps, share=lambda gradient, name, step: gradient):
+def lookups(step: int) -> tuple[Tensor, Tensor]:
+    """The rows of the table that a step looks up, some of them several times, with their gradients."""
+    generator = torch.Generator().manual_seed(step)
+    return (20 * torch.rand(16, generator=generator) ** 2).long(), torch.randn(16, 6, generator=generator)
+
+
+def train(params, optimizer, steps, share=lambda gradient, name, step: gradient, part=(0, 1)):
+    """`part`: (rank, ranks), of the tokens whose rows are looked up."""
     for step in steps:
         for name, param in params.items():
-            param.grad += share(gradient(name, step), name, step).to(param.dtype)  # as backward does
+            if hasattr(param, "looked_up"):  # in two micro-batches
+                param.looked_up += zip(*(x.chunk(part[1])[part[0]].chunk(2) for x in lookups(step)))
+            else:
+                param.grad += share(gradient(name, step), name, step).to(param.dtype)  # as backward does
         optimizer.step(step, *factors(step))
 
 
@@ -247,11 +259,21 @@ class DenseAdam:
         return w - lr * self.lr * o - lr * self.lr * lr * self.decay * agree(o, w) * w
 
 
+class DenseRows(DenseAdam):
+    """Adam of every row as long as it has a gradient: the others keep their weights and moments."""
+
+    def update(self, w: Tensor, g: Tensor, lr: float, mu: float) -> Tensor:
+        seen, old = g.any(1, keepdim=True), self.second
+        new = super().update(w, g, lr, mu)
+        self.second = torch.where(seen, self.second, old)
+        return torch.where(seen, new, w)
+
+
 @torch.no_grad()
 def dense_training(steps: int) -> dict[str, Tensor]:
     results = {}
     for group in GROUPS:
-        make = DenseMuon if group["method"] == "muon" else DenseAdam
+        make = {"muon": DenseMuon, "adam": DenseAdam, "rows": DenseRows}[group["method"]]
         every = group.get("every", 2) if make is DenseAdam else 1
         for name in group["names"]:
             whole = new_params()[name].double()
@@ -259,7 +281,11 @@ def dense_training(steps: int) -> dict[str, Tensor]:
             learners = [make(group["lr"], group.get("weight_decay", 0.0), group.get("betas")) for _ in stack]
             waiting = torch.zeros_like(stack)
             for step in range(steps):
-                waiting = waiting + gradient(name, step).double().view_as(stack)
+                new = gradient(name, step).double()
+                if make is DenseRows:
+                    rows, grads = lookups(step)
+                    new = torch.zeros_like(whole).index_add(0, rows, grads.double())
+                waiting = waiting + new.view_as(stack)
                 if (step + 1) % every == 0:
                     stack = torch.stack([learner.update(w, g, *factors(step))
                                          for learner, w, g in zip(learners, stack, waiting)])
@@ -281,11 +307,11 @@ def test_adam_waits_for_every_second_step_and_muon_does_not():
     optimizer = new_optimizer(params)
     train(params, optimizer, [0])
     changed = {name for name in params if not torch.equal(params[name], before[name])}
-    assert changed == {"qkv", "out", "up", "a.down", "b.down", "wide", "gate"}
+    assert changed == {"qkv", "out", "up", "a.down", "b.down", "wide", "gate", "table"}
     assert torch.equal(params["head"].grad, gradient("head", 0)) and not params["qkv"].grad.any()
     train(params, optimizer, [1])
     assert not any(torch.equal(params[name], before[name]) for name in params)
-    assert not any(param.grad.any() for param in params.values())
+    assert not any(param.grad.any() for name, param in params.items() if name != "table")
 
 
 def test_adamw_mode_equals_torch():
@@ -320,8 +346,12 @@ def test_parameters_and_gradients_stay_views_of_their_bank():
     places = []
     for name, param in params.items():
         bank = buffers[param.untyped_storage().data_ptr()]
-        assert param.grad.untyped_storage().data_ptr() == bank.grads.untyped_storage().data_ptr()
-        assert param.storage_offset() == param.grad.storage_offset() and param.shape == SHAPES[name]
+        assert param.shape == SHAPES[name]
+        if name == "table":  # of which the bank gets rows
+            assert param.grad is None
+        else:
+            assert param.grad.untyped_storage().data_ptr() == bank.grads.untyped_storage().data_ptr()
+            assert param.storage_offset() == param.grad.storage_offset()
         places.append((id(bank), param.storage_offset(), param.storage_offset() + param.numel()))
     places.sort()
     assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(places, places[1:]))  # none overlap
@@ -422,15 +452,15 @@ def run_rank(rank: int, port: int, folder: str, size: int):
     assert (ranks.rank, ranks.size, ranks.device.type) == (rank, size, "cpu")
     params = new_params()
     optimizer, results = new_optimizer(params, ranks), {}
-    train(params, optimizer, range(3), share)
+    train(params, optimizer, range(3), share, (rank, size))
     results["half"] = snapshot(params, optimizer)
-    train(params, optimizer, range(3, 6), share)
+    train(params, optimizer, range(3, 6), share, (rank, size))
     results["end"] = snapshot(params, optimizer)
     params = {name: nn.Parameter(torch.full_like(param, 9.0)) for name, param in new_params().items()}
     optimizer = new_optimizer(params, ranks)
     load(optimizer, torch.load(f"{folder}/one.pt")["state"])
     results["loaded"] = snapshot(params, optimizer)
-    train(params, optimizer, range(3, 6), share)
+    train(params, optimizer, range(3, 6), share, (rank, size))
     results["resumed"] = snapshot(params, optimizer)
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -470,6 +500,9 @@ def test_ranks_equal_one(one_and_several, when):
         assert_same(results[when], one[when])
         for name, param in results[when]["params"].items():
             assert torch.equal(param, several[0][when]["params"][name])  # and each other, exactly
+        assert torch.equal(results[when]["params"]["table"], one[when]["params"]["table"])  # as if there were one rank
+        table, its = results[when]["state"]["table"], one[when]["state"]["table"]
+        assert table.keys() == its.keys() and all(torch.equal(table[name], its[name]) for name in its)
 
 
 def test_ranks_go_on_from_what_one_saved(one_and_several):

@@ -300,6 +300,8 @@ def test_checkpoint_holds_all_that_a_reader_needs(whole, data):
     assert state["args"]["model_dim"] == 32 and state["args"]["stages"][1]["batch_tokens"] == 512
     assert state["dataset"]["name"] == "pattern" and state["dataset"]["document_separator"] == 256
     assert state["position"] == Log(whole).result["tokens"] and state["rng"].dtype == torch.uint8
+    table = state["optimizer"]["bigram_table"]
+    assert table["second"].any() and table["master"].any() and not table["grads"].numel()  # which learns by rows
     assert all(state["optimizer"].values()) and all(tensor.isfinite().all() for tensor in tensors(state).values())
     waiting = [bank for bank in state["optimizer"].values() if bank["grads"].any()]
     assert waiting and len(waiting) < len(state["optimizer"])  # Adam's gradients, and none of Muon's
@@ -348,6 +350,17 @@ def test_resumed_run_is_the_uninterrupted_run(others, every, epoch, tmp_path, tr
     assert_same_end(second, whole)
     assert float(expected.train[STEPS]) < float(expected.train[1]) - 0.5  # it did learn something
     assert checkpoints(first)  # what was resumed from stays
+
+
+@pytest.mark.parametrize("optimizer, kind", [("muon", gpt.RowBank), ("adamw", gpt.AdamBank)])
+def test_the_table_of_bigrams_learns_by_rows_but_with_adamw_densely(optimizer, kind, flags, tmp_path):
+    run = gpt.Run(gpt.parse_args(flags(tmp_path, "--optimizer", optimizer)), gpt.World())
+    (bank,) = (bank for name, bank in run.optimizer.banks.items() if "bigram_table" in name.split())
+    table = run.model.bigram_table
+    assert type(bank) is kind and (table.grad is None) == hasattr(table, "looked_up") == (optimizer == "muon")
+    for _ in range(2):  # before the first one the head is zero, and passes no gradient on
+        run.train_step()
+    assert table.any() and not table.any(1).all()
 
 
 def test_newest_checkpoint_alone_is_kept(tmp_path, train_until):
@@ -562,6 +575,11 @@ def test_compiled_run_is_the_eager_run_and_compiles_nothing_after_its_warm_up(tm
     def warm_up(self, warm_up=gpt.Run.warm_up):
         warm_up(self)
         warm.append(len(compiled))
+        fresh = gpt.Model(self.args, 257, torch.device("cpu"), torch.float32)
+        fresh.initialise(self.args.seed)
+        assert all(torch.equal(param, self.model.get_parameter(name)) for name, param in fresh.named_parameters())
+        assert isinstance(self.optimizer.banks["bigram_table"], gpt.RowBank) and not self.model.bigram_table.looked_up
+        assert not any(x.any() for bank in self.optimizer.banks.values() for x in (bank.grads, *bank.state.values()))
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
