@@ -47,8 +47,8 @@ def one_thread():
 
 
 def tiny_args() -> gpt.Hyperparameters:
-    return dataclasses.replace(gpt.PRESETS["sample"], layers="sev= le> -e< levh", model_dim=32, num_heads=2,
-                               val_windows=(16, 48), bigram_rows=301, tied_until=0.5, attention_scales=True)
+    return dataclasses.replace(gpt.PRESETS["sample"], layers="sev= le -e levh", model_dim=32, num_heads=2,
+                               val_windows=(16, 48), bigram_rows=301, tied_until=0.5)
 
 
 def random_model(args: gpt.Hyperparameters, vocab_size: int) -> gpt.Model:

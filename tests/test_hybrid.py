@@ -292,7 +292,8 @@ def test_the_model_learns_with_each_ingredient_alone_left_out(changes):
     for step in range(8):
         loss = model(tokens, tokens.roll(-1), borders(60, 36), model.stage_inputs(0)) / len(tokens)
         loss.backward()
-        assert step or all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+        assert step or all(param.grad is not None and param.grad.isfinite().all() or hasattr(param, "looked_up")
+                           for param in model.parameters())
         optimizer.step(step, 1.0, 0.9)
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5, losses
@@ -358,7 +359,7 @@ def test_the_speedrun_is_as_large_as_that_of_train_gpt(speedrun):
     counts = speedrun.num_params()
     theirs = gpt.Model(gpt.PRESETS["speedrun"], 50257, META, torch.bfloat16).num_params()
     bigrams = 377_280 * 768
-    assert counts == {"total": 347_854_633 + bigrams, "matmul": 115_983_720, "tables": 231_800_832 + bigrams}
+    assert counts == {"total": 347_854_634 + bigrams, "matmul": 115_983_720, "tables": 231_800_832 + bigrams}
     assert all(counts[kind] == pytest.approx(theirs[kind], rel=0.05) for kind in counts)
 
 
@@ -392,11 +393,11 @@ def test_matrices_learn_by_muon_and_the_rest_by_adam_in_fp32_without_decay(speed
         if kind in hybrid.MATRICES:
             assert group.method == "muon" and group.lr == (0.046 if kind == "down" else 0.023) and param.ndim > 1
         else:
-            assert group.method == "adam"
+            assert group.method == ("rows" if kind == "bigram_table" else "adam")
         if kind not in (*hybrid.MATRICES, *hybrid.TABLES, "head"):
             assert param.dtype == torch.float32 and group.weight_decay == 0.0, name
     assert by_name["blocks.0.A_log"].lr == by_name["blocks.0.rates"].lr == by_name["blocks.0.bigram_gate"].lr == 0.008
-    assert by_name["smear_gate"].lr == 8e-5 and by_name["bigram_table"].lr == 0.6
+    assert by_name["smear_gate"].lr == 8e-5 and by_name["bigram_table"].lr == 0.9
     head, embedding = by_name["head"], by_name["embedding"]
     assert dataclasses.replace(embedding, params=head.params, tied_to="") == head and embedding.tied_to == "head"
     slow = {name: group for group in hybrid.Model(tiny(rates_lr=0.001), VOCAB, META, torch.float32).param_groups()

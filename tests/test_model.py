@@ -538,12 +538,12 @@ def test_every_parameter_learns_in_exactly_one_group_by_its_name(speedrun):
 
 def test_groups_follow_the_flags_and_are_never_empty():
     groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0, bigram_lr=5.0,
-                          smear_gate_lr=6.0, embedding_lr=7.0).param_groups()
+                          smear_gate_lr=6.0, head_lr=7.0).param_groups()
     by_name = {name: group for group in groups for name in group.params}
     assert all(group.params for group in groups) and not any("value" in name for name in by_name)
     assert by_name["blocks.0.up"].lr == 1.0 and by_name["blocks.0.down"].lr == 2.0
     assert by_name["blocks.0.out"].weight_decay == 2.0
-    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 6.0 and by_name["embedding"].lr == 7.0
+    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 6.0 and by_name["embedding"].lr == 7.0 == by_name["head"].lr
     assert by_name["blocks.0.bigram_gate"].lr == 4.0 and by_name["bigram_table"].lr == 5.0
 
 
