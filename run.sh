@@ -154,7 +154,8 @@ esac
 
 launch=("$py")
 if ((NNODES > 1 || NPROC > 1)); then
-  launch+=(-m torch.distributed.run --nproc_per_node="$NPROC") # the torchrun executable need not be on PATH
+  # torchrun's executable need not be on PATH; every rank's GPU is its cuda:0, so that all find the same compiled graphs
+  launch+=(-m torch.distributed.run --virtual-local-rank --nproc_per_node="$NPROC")
   if ((NNODES == 1)); then
     launch+=(--standalone) # picks a free port, so runs can share a node
   else

@@ -324,7 +324,8 @@ def launch(checkout: Checkout, *words: str, **env: str) -> str:
 
 def test_eight_gpus(ready):
     ready.gpus(8)
-    assert launch(ready) == ("python -m torch.distributed.run --nproc_per_node=8 --standalone train_gpt.py --preset x")
+    assert launch(ready) == ("python -m torch.distributed.run --virtual-local-rank --nproc_per_node=8 --standalone "
+                             "train_gpt.py --preset x")
     assert "OMP 1\n" in ready.environment()
     assert launch(ready, NPROC="1") == "python train_gpt.py --preset x"
     assert "--nproc_per_node=4 " in launch(ready, NPROC="4")
@@ -356,8 +357,8 @@ def test_processes_on_a_cpu_share_its_cores(ready):
 
 def test_two_nodes(ready):
     ready.gpus(8)
-    expected = ("python -m torch.distributed.run --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=node0 "
-                "--master_port={} train_gpt.py --preset x")
+    expected = ("python -m torch.distributed.run --virtual-local-rank --nproc_per_node=8 --nnodes=2 --node_rank=1 "
+                "--master_addr=node0 --master_port={} train_gpt.py --preset x")
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     assert launch(ready, **nodes) == expected.format(29500)
     assert launch(ready, **nodes, MASTER_PORT="1234") == expected.format(1234)
