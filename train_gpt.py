@@ -946,7 +946,7 @@ PRESETS = {
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="se sev le -e lev", model_dim=192, num_heads=3,
-        bigram_rows=0, tied_until=0.0, smear_gate_lr=0.008)}
+        bigram_rows=8192, tied_until=0.0, head_lr=0.03, smear_gate_lr=0.008)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]

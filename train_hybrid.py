@@ -1576,7 +1576,8 @@ PRESETS = {
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="lv d r dv", local_base=163.0, model_dim=192,
-        num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3, bigram_rows=0, tied_until=0.0, smear_gate_lr=0.008),
+        num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3, bigram_rows=8192, tied_until=0.0, head_lr=0.03,
+        smear_gate_lr=0.008),
     "dragon": Hyperparameters(  # 20 layers, 759M parameters, 10B tokens in documents of 4,736
         preset="dragon", max_tokens=32_990 * 303_104, optimizer="adamw", adamw_lr=9.7e-4, row_tokens=4736,
         micro_batch_tokens=8 * 4736, stages=(
