@@ -386,8 +386,8 @@ class AdamBank(Bank):
         self.function(self.master, *self.state.values(), self.grad, *map(torch.tensor, numbers), self.group.cautious)
 
 class RowBank(Bank):
-    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. The ranks
-    send each other the gradients of their tokens' rows, and nothing of the table's size."""
+    """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. Ranks send
+    each other the gradients of their tokens' rows, not the table: 2 GPUs at 94% of ideal speed, not 90; loss -0.006."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         (name, self.table), = params.items()
         rows, cols = self.table.shape
