@@ -233,3 +233,23 @@ def test_a_model_s_table_of_bigrams_learns_where_its_pairs_are(script, layers):
     optimizer.step(0, 1.0, 0.9)
     assert set(model.bigram_table.any(1).nonzero().flatten().tolist()) == pairs | {300}
     assert "bigram_table" in optimizer.banks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens, rows", [(5000, 3000), (65536, 100_000)])
+def test_on_a_gpu(tokens, rows):
+    """Sums and the compiled update against fp64, and the same bits twice."""
+    torch.manual_seed(0)
+    looked_up = (rows * torch.rand(tokens, device="cuda") ** 4).long()
+    grads = torch.randn(tokens, 768, device="cuda").bfloat16()
+    each, sums = gpt.sum_by_row(looked_up, grads, rows)
+    dense = torch.zeros(rows + 1, 768, dtype=torch.float64, device="cuda").index_add_(0, looked_up, grads.double())
+    assert (dense[each] - sums).norm() < 1e-6 * dense.norm() and not sums[each == rows].any()
+    assert torch.equal(sums, gpt.sum_by_row(looked_up, grads, rows)[1])
+    weights, second = torch.randn_like(dense).float(), torch.rand_like(dense).float()
+    exact, numbers = (weights.double(), second.double()), [torch.tensor(x) for x in (0.5, 0.01, 0.95, 3.0)]
+    torch.compile(gpt.row_update, dynamic=True, fullgraph=True)(weights, second, each, sums, *numbers)
+    gpt.row_update(*exact, each, sums.double(), *numbers)
+    for got, want in zip((weights, second), exact):
+        assert (got - want).norm() < 1e-6 * want.norm()

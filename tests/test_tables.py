@@ -40,8 +40,7 @@ def test_a_table_without_a_gradient_gets_a_new_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("vocab, tolerance", [(50304, 3e-2), (377280, 1e-2)])  # one by one in bf16: 2e-2 and 5e-3
-def test_on_a_gpu(vocab, tolerance):
+def test_on_a_gpu(vocab=50304, tolerance=3e-2):  # one by one in bf16: 2e-2
     table, grads, rows = random_case(65536, vocab, 768, torch.bfloat16, "cuda")
     table.grad = torch.zeros_like(table)
     gpt.Lookup.apply(table, rows).backward(grads)
