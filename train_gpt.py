@@ -560,8 +560,8 @@ if triton:
         sums, known, others = tl.zeros((BLOCK,), tl.float32), tl.load(counts), tl.load(counts + 1)
         weight_sum, chosen = 0.0, 0.0
         for k in tl.static_range(AHEAD):
-            cap = tl.sigmoid((tl.load(logits + tl.load(targets + k)).to(tl.float32) + 5) / 7.5)
-            weight_sum, chosen = weight_sum + tl.load(weights + k), chosen + tl.load(weights + k) * 23 * cap
+            capped = 23 * tl.sigmoid((tl.load(logits + tl.load(targets + k)).to(tl.float32) + 5) / 7.5)
+            weight_sum, chosen = weight_sum + tl.load(weights + k), chosen + tl.load(weights + k) * capped
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             cap = tl.sigmoid((tl.load(logits + columns, columns < VOCAB, -float("inf")).to(tl.float32) + 5) / 7.5)

@@ -52,6 +52,20 @@ def test_interpreted(script, sizes):
 
 @pytest.mark.skipif(not gpt.triton, reason="needs triton, which comes with torch for CUDA")
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
+@pytest.mark.parametrize("script", [gpt, hybrid])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_the_kernel_compiles_for_a_gpu_that_need_not_be_there(script, ahead):
+    """The interpreter takes Python that the compiler refuses, such as a name that is a number and then a block."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    types = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "counts": "*fp32", "losses": "*fp32"}
+    sizes = {"VOCAB": 16384, "AHEAD": ahead, "BLOCK": 2048}
+    source = ASTSource(script.softcap_loss_kernel, types | dict.fromkeys(sizes, "constexpr"), sizes)
+    assert gpt.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(not gpt.triton, reason="needs triton, which comes with torch for CUDA")
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_interpreted", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
