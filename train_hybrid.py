@@ -391,7 +391,7 @@ class AdamBank(Bank):
 
 class RowBank(Bank):
     """A table (V, D) of which a step looks up few rows and changes no others, whole on every rank, in fp32. Ranks send
-    each other the gradients of their tokens' rows, not the table: 2 GPUs at 94% of ideal speed, not 90; loss -0.006."""
+    each other the gradients of their tokens' rows, not the table. Loss -0.006 (24M tokens, emulated)."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         (name, self.table), = params.items()
         rows, cols = self.table.shape
