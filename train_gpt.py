@@ -173,7 +173,7 @@ class TrainLoader:
     epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
     micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
-        self.dataset, self.world, self.position, self.pieces = dataset, world, 0, 0
+        self.dataset, self.world, self.position = dataset, world, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
         *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
         if not self.epoch_tokens:
@@ -210,7 +210,6 @@ class TrainLoader:
             span = span * 3 // 2
         table, consumed = cut
         self.position += consumed
-        self.pieces += sum(map(len, table))
         share, size = rows // self.world.size, self.micro_batch_rows(batch_tokens)
         mine = table[self.world.rank * share:(self.world.rank + 1) * share]
         return [pack(tokens, sum(mine[i:i + size], []), self.world.device) for i in range(0, share, size)]
@@ -613,27 +612,24 @@ class Lookup(torch.autograd.Function):
         total.index_add_(0, *ctx.saved_tensors, grad.to(total.dtype))
         return None if total is ctx.table.grad else total, None
 
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp", mutates_args=())
-def mlp_op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
-    return hidden @ down, preact
+class FusedMLP(torch.autograd.Function):
+    """mlp() by quack, whose matrix products do the activation as well: steps XX% shorter (H100)."""
+    @staticmethod
+    def forward(ctx, x, up, down):
+        preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
+        ctx.save_for_backward(x, up, down, preact)
+        return hidden @ down
 
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp_backward", mutates_args=())
-def mlp_backward_op(dout: Tensor, x: Tensor, up: Tensor, down: Tensor, preact: Tensor) -> list[Tensor]:
-    dpreact, hidden = gemm_dact(dout.contiguous(), down.T, preact, activation="relu_sq", tuned=False)
-    return [dpreact @ up, dpreact.T @ x, hidden.T @ dout]
-
-mlp_op.register_fake(lambda x, up, down: (x.new_empty(x.shape), x.new_empty(len(x), len(up))))
-mlp_backward_op.register_fake(lambda dout, *inputs: [x.new_empty(x.shape) for x in inputs[:3]])
-mlp_op.register_autograd(
-    lambda ctx, dout, _: tuple(mlp_backward_op(dout, *ctx.saved_tensors)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
+    @staticmethod
+    def backward(ctx, dout):
+        x, up, down, preact = ctx.saved_tensors
+        dpreact, hidden = gemm_dact(dout.contiguous(), down.T, preact, activation="relu_sq", tuned=False)
+        return dpreact @ up, dpreact.T @ x, hidden.T @ dout
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """relu(x @ up.T)^2 @ down: x (T, D), up and down (W, D) -> (T, D). With quack steps are XX% shorter (H100)."""
-    if gemm_act and x.is_cuda and x.dtype == torch.bfloat16:
-        return mlp_op(x, up, down)[0]
-    return F.linear(x, up).relu().square() @ down
+    """relu(x @ up.T)^2 @ down: x (T, D), up and down (W, D) -> (T, D)."""
+    fused = gemm_act and x.is_cuda and x.dtype == torch.bfloat16
+    return FusedMLP.apply(x, up, down) if fused else F.linear(x, up).relu().square() @ down
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
@@ -740,7 +736,6 @@ class Model(nn.Module):
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
         with torch.device(device):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
-            self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
             if args.bigram_rows:
                 self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim))
                 bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -768,24 +763,16 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
 
     def compile(self):
-        """Compiles parts: blocks of one kind share a graph, which on an H100 starts in 73.5 s, not 96.8 s as the whole,
-        and runs 4% faster. What is between tables and layers is one more: with it steps are 1.6% shorter."""
+        """Block by block: those of one kind share a graph. It starts in 73.5 s, as one graph in 96.8 (H100)."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.embed = torch.compile(self.embed, dynamic=False, fullgraph=True)
 
-    def bigram(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows (T, D) of the table, rows (T,) of signs), for tokens with the one before in their document. Pairs share
-        rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
+    def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """(T, D) for tokens with the one before in their document. Pairs share rows of a table by a hash, and are told
+        apart by signs, rows of which they share by another hash."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row), (tokens ^ before) % len(self.signs)
-
-    def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
-        """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
-        gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
-        x0 = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))  # smear: a look at the token before, of its document
-        return x0, None if bigram is None else bigram * self.signs[sign]
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -795,8 +782,8 @@ class Model(nn.Module):
         for n in (1, 2):  # slots of a token in the sequence: where heads are paired it has two
             angle = (n * position[:, None] + torch.arange(n, device=tokens.device)).view(-1, 1, 1) * stage.frequencies
             places.append((position, angle.cos(), angle.sin(), cu_seqlens, n * stage.max_seqlen))
-        bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
-        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
+        x0 = norm(Lookup.apply(self.embedding, tokens))
+        bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
         x, held = x0.view_as(x0), None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.long_window if block.long else stage.short_window
@@ -839,18 +826,16 @@ class Model(nn.Module):
         weights, later = weights * (place[later] >= 0), place[later].clamp(min=0)  # those that had a place
         return self.loss(Lookup.apply(self.head, rows), counts, x, later, weights)
 
-    def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
-        """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
-        args, stage, *later = self.args, *self.args.stages[index:]
-        windows, bound, following = stage.windows, stage.document_tokens, (later or [stage])[0]
-        weights = [(1 - progress) * a + progress * b for a, b in zip(stage.loss_weights, following.loss_weights)]
+    def stage_inputs(self, index: int, validation: bool = False) -> StageInputs:
+        """The tensors of stage `index`, or those to validate with in it."""
+        args, stage = self.args, self.args.stages[index]
         if validation:
-            windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
+            stage = replace(stage, document_tokens=args.val_row_tokens, windows=args.val_windows, loss_weights=(1.0,),
+                            candidates=0)
         scale, frequencies = yarn([row.windows[1] for row in args.stages[:index + 1]], args.model_dim // args.num_heads)
-        numbers = (torch.tensor(x) for x in (bound, *windows, scale))
-        on_device = (x.to(self.head.device, non_blocking=True) for x in (frequencies, torch.tensor(weights)))
-        whole = validation or not 0 < stage.candidates < self.vocab_size
-        candidates = self.vocab_size if whole else stage.candidates
+        numbers = (torch.tensor(x) for x in (stage.document_tokens, *stage.windows, scale))
+        on_device = (x.to(self.head.device) for x in (frequencies, torch.tensor(stage.loss_weights)))
+        candidates = stage.candidates if 0 < stage.candidates < self.vocab_size else self.vocab_size
         return StageInputs(*numbers, *on_device, candidates, stage.batch_tokens)
 
     def param_groups(self) -> list[ParamGroup]:
@@ -859,13 +844,12 @@ class Model(nn.Module):
         def like(*endings: str) -> dict[str, nn.Parameter]:
             return {name: named.pop(name) for name in list(named) if name.endswith(endings)}
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
-        scalars = like("residual", ".inject", "smear", "_scale", "backout")
+        scalars = like("residual", ".inject", "_scale", "backout")
         groups = [ParamGroup("muon", like(".qkv", ".out", ".up"), args.muon_lr, args.muon_weight_decay),
                   ParamGroup("muon", like(".down"), 2 * args.muon_lr, args.muon_weight_decay),
                   ParamGroup("rows", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.0, 0.95)),
                   ParamGroup("adam", like(".value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
                   head, replace(head, params=like("embedding"), tied_to="head" if args.tied_until else ""),
-                  ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
                   ParamGroup("adam", like("_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
                   ParamGroup("adam", scalars, args.scalar_lr, 0.0, (0.9, 0.99))]
         assert not named, f"no group for {list(named)}"
@@ -900,7 +884,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # short and long attention window, in tokens
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead: -XX
     candidates: int = 0  # rows of the head in the training loss (0: all); 16,384: -17.6% time, loss +0.006 (24M)
 
 @dataclass
@@ -928,10 +912,10 @@ class Hyperparameters:
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
-        Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25), 16_384),
-        Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5, 0.0), 16_384),
-        Stage(348 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0, 0.0, 0.0), 16_384),
-        Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0, 0.0, 0.0)))
+        Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.125), 16_384),
+        Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.25), 16_384),
+        Stage(348 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0,), 16_384),
+        Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0,)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
     layers: str = "sep svp svp lo s sep - s= svh svh lvho"
@@ -956,8 +940,7 @@ class Hyperparameters:
     value_lr: float = 0.6  # value embeddings, Adam
     value_weight_decay: float = 0.015  # value embeddings and bigram table
     bigram_lr: float = 0.9  # bigram table, Adam without momentum
-    smear_gate_lr: float = 8e-5  # gate of the smear, Adam
-    gate_lr: float = 0.008  # other gates, Adam
+    gate_lr: float = 0.008  # gates, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
     adamw_lr: float = 0.002  # everything, with --optimizer adamw
     adamw_weight_decay: float = 0.1  # matrices, with --optimizer adamw
@@ -974,13 +957,12 @@ PRESETS = {
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="se sev le -e lev", model_dim=192, num_heads=3,
-        bigram_rows=8192, tied_until=0.0, head_lr=0.03, smear_gate_lr=0.008)}
+        bigram_rows=8192, tied_until=0.0, head_lr=0.03)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
 FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
               "val_every"}  # in which a run and its resumption may differ
@@ -992,8 +974,6 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
-        if len({len(stage.loss_weights) for stage in args.stages}) > 1:
-            raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
         if args.micro_batch_tokens < 1:
             raise UserError("--micro-batch-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
@@ -1006,16 +986,14 @@ class Schedule:
         self.tokens_before = [0, *np.cumsum(np.repeat(self.batches, np.diff(self.ends, prepend=0))).tolist()]
         self.tokens = self.tokens_before[-1]  # of the whole run, the last of those before each step
 
-    def stage(self, step: int) -> tuple[int, float]:
-        """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
-        index = min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
-        start = self.ends[index - 1] if index else 0
-        return index, (step - start) / max(1, self.ends[index] - start)
+    def stage(self, step: int) -> int:
+        """The stage of `step`; after the last step, the last stage."""
+        return min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
 
     def lr(self, step: int) -> float:
         begin, end = self.args.cooldown
         cooled = min(max((step / self.steps - begin) / max(end - begin, 1e-9), 0), 1)
-        return (1 - cooled) * self.args.stages[self.stage(step)[0]].lr + cooled * self.args.lr_floor
+        return (1 - cooled) * self.args.stages[self.stage(step)].lr + cooled * self.args.lr_floor
 
     def momentum(self, step: int) -> float:
         (low, high), (rise, fall), done = self.args.muon_momentum, self.args.muon_ramps, (step + 1) / self.steps
@@ -1097,23 +1075,23 @@ class Run:
             earlier = [len(table.looked_up) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
                 result = function(*places[:3], type(stage)(*places[3:])).detach()
-            looked_up = [table.looked_up[n:] for table, n in zip(self.tables, earlier)]
-            for table, n in zip(self.tables, earlier):
-                del table.looked_up[n:]
+            looked_up = [(table.looked_up, table.looked_up[n:]) for table, n in zip(self.tables, earlier)]
+            for parts, new in looked_up:
+                del parts[len(parts) - len(new):]
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
         for place, x in zip(places, inputs):
             if torch.is_tensor(x):
                 place.copy_(x)
         graph.replay()
-        for table, parts in zip(self.tables, looked_up):
-            table.looked_up += [(rows.clone(), grad.clone()) for rows, grad in parts]
+        for parts, new in looked_up:
+            parts += [(rows.clone(), grad.clone()) for rows, grad in new]
         return result
 
     def validate(self) -> float:
         """Mean cross-entropy of the next token over the validation set, nats. Stops the clock."""
         self.stop_clock()
-        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
+        stage = self.model.stage_inputs(self.schedule.stage(self.step), validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with torch.set_grad_enabled(self.args.compile):  # compiled graphs would be made anew without gradients
             for batch in self.val_rows:
@@ -1128,8 +1106,7 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        index, progress = self.schedule.stage(self.step)
-        row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
+        row, stage = self.args.stages[index := self.schedule.stage(self.step)], self.model.stage_inputs(index)
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
@@ -1156,22 +1133,14 @@ class Run:
         self.stop |= stop > 0
         now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
         done, seconds, self.last_report = self.schedule.tokens_before[step], now - self.last_report, now
-        mfu = f" mfu:{share:.3f}" if (share := self.utilisation(batch_tokens / seconds)) else ""
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
-                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
+                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f} "
                  f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
 
     def check_finite(self, kind: str, loss: float, step: int):
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Try lower learning rates, as --muon-lr. "
                                      f"Last checkpoint: {self.saved or self.args.resume}")
-
-    def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
-        name = torch.cuda.get_device_name() if self.world.gpu else ""
-        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-        context = round(self.schedule.tokens_before[self.step] / max(1, self.loader.pieces))
-        return peak and self.model.flops_per_token(context) * tokens_per_second / (peak * self.world.size)
 
     def stop_clock(self):
         if self.start is not None:
@@ -1186,7 +1155,7 @@ class Run:
                  "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
                  "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
                  "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-                 "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
+                 "position": self.loader.position, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1208,21 +1177,6 @@ class Run:
         if other:
             raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
         return state
-
-    @torch.no_grad()
-    def sample(self, length: int = 200) -> str:
-        """Text from the model, `length` characters at most, at temperature 0.8. No cache: it is short."""
-        sys.path += map(str, SCRIPT.parents[:2])  # the repository is the folder of this script, or the one above
-        from data.tokenize_text import decode
-        generator, tokens = torch.Generator(self.world.device).manual_seed(self.args.seed), [self.data.separator]
-        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
-        with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-            while len(tokens) <= length and len(text := decode(tokens[1:], self.data.about)) < length:
-                context, borders = (torch.tensor(x, device=self.world.device) for x in (tokens, [0, len(tokens)]))
-                logits = self.model.logits(self.model.hidden(context, borders.int(), stage)[0][-1:])
-                probs = (logits[0, :self.data.vocab_size] / 0.8).softmax(0)
-                tokens.append(torch.multinomial(probs, 1, generator=generator).item())
-        return text[:length]
 
     def environment(self) -> dict:
         git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=SCRIPT.parent,
@@ -1253,8 +1207,7 @@ class Run:
             for name, bank in self.optimizer.banks.items():
                 bank.load_state_dict(state["optimizer"][name])
             torch.set_rng_state(state["rng"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.loader.position, self.loader.pieces = state["position"], state["pieces"]
+            self.step, self.seconds, self.loader.position = state["step"], state["seconds"], state["position"]
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
         self.last_report, epoch = self.seconds, self.loader.epoch
@@ -1280,13 +1233,13 @@ class Run:
             self.save(f"{SCRIPT.stem}_final")
         speed, reached = self.schedule.tokens / self.seconds, val_loss <= args.target
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
-                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
+                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)")
         closing = json.dumps({
             "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
             "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
-            "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
-            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
+            "val_tokens": args.val_tokens, **environment,
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None})
         self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
         self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
 

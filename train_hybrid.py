@@ -12,8 +12,8 @@ One block, the l-th, for T packed tokens of model_dim D with H heads of D/H (cu_
     x   (T, D)  <- x + W_down relu(W_up norm(x) / sqrt(l))^2                                  hidden width 4 D
 
 Dragon (github.com/jgcb00/nanoGPT) is the above, and --preset dragon is its recipe. The speedrun adds what train_gpt.py
-has: value embeddings, x0 and hashed bigrams into every layer, smear, scalars on the residual stream, a head tied to the
-embedding for two thirds of the run, capped logits, prediction of several tokens, NorMuon. Each ingredient is a flag.
+has: value embeddings, x0 and hashed bigrams into every layer, scalars on the residual stream, a head tied to the embedding
+for two thirds of the run, capped logits, prediction of several tokens, NorMuon. Each ingredient is a flag.
 """
 import time
 
@@ -177,7 +177,7 @@ class TrainLoader:
     epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
     micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
-        self.dataset, self.world, self.position, self.pieces = dataset, world, 0, 0
+        self.dataset, self.world, self.position = dataset, world, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
         *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
         if not self.epoch_tokens:
@@ -214,7 +214,6 @@ class TrainLoader:
             span = span * 3 // 2
         table, consumed = cut
         self.position += consumed
-        self.pieces += sum(map(len, table))
         share, size = rows // self.world.size, self.micro_batch_rows(batch_tokens)
         mine = table[self.world.rank * share:(self.world.rank + 1) * share]
         return [pack(tokens, sum(mine[i:i + size], []), self.world.device) for i in range(0, share, size)]
@@ -617,27 +616,24 @@ class Lookup(torch.autograd.Function):
         total.index_add_(0, *ctx.saved_tensors, grad.to(total.dtype))
         return None if total is ctx.table.grad else total, None
 
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp", mutates_args=())
-def mlp_op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
-    return hidden @ down, preact
+class FusedMLP(torch.autograd.Function):
+    """mlp() by quack, whose matrix products do the activation as well: steps XX% shorter (H100)."""
+    @staticmethod
+    def forward(ctx, x, up, down):
+        preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
+        ctx.save_for_backward(x, up, down, preact)
+        return hidden @ down
 
-@torch.library.custom_op(f"{SCRIPT.stem}::mlp_backward", mutates_args=())
-def mlp_backward_op(dout: Tensor, x: Tensor, up: Tensor, down: Tensor, preact: Tensor) -> list[Tensor]:
-    dpreact, hidden = gemm_dact(dout.contiguous(), down.T, preact, activation="relu_sq", tuned=False)
-    return [dpreact @ up, dpreact.T @ x, hidden.T @ dout]
-
-mlp_op.register_fake(lambda x, up, down: (x.new_empty(x.shape), x.new_empty(len(x), len(up))))
-mlp_backward_op.register_fake(lambda dout, *inputs: [x.new_empty(x.shape) for x in inputs[:3]])
-mlp_op.register_autograd(
-    lambda ctx, dout, _: tuple(mlp_backward_op(dout, *ctx.saved_tensors)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]))
+    @staticmethod
+    def backward(ctx, dout):
+        x, up, down, preact = ctx.saved_tensors
+        dpreact, hidden = gemm_dact(dout.contiguous(), down.T, preact, activation="relu_sq", tuned=False)
+        return dpreact @ up, dpreact.T @ x, hidden.T @ dout
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """relu(x @ up.T)^2 @ down: x (T, D), up and down (W, D) -> (T, D). With quack steps are XX% shorter (H100)."""
-    if gemm_act and x.is_cuda and x.dtype == torch.bfloat16:
-        return mlp_op(x, up, down)[0]
-    return F.linear(x, up).relu().square() @ down
+    """relu(x @ up.T)^2 @ down: x (T, D), up and down (W, D) -> (T, D)."""
+    fused = gemm_act and x.is_cuda and x.dtype == torch.bfloat16
+    return FusedMLP.apply(x, up, down) if fused else F.linear(x, up).relu().square() @ down
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: linear recurrences [same]
@@ -788,35 +784,47 @@ delta_rule_op.register_autograd(
         ctx.save_for_backward(*inputs[:3], *inputs[4:], *output[1:]), ctx.mark_non_differentiable(*output[1:]),
         ctx.set_materialize_grads(False)))  # or zeros are made for what only the backward pass reads
 
+# Mamba-2's recurrence is the delta rule's without what is erased: w = 0. fla-core's own kernels for it (simple_gla) make
+# the host wait for the number of chunks, which no CUDA graph can hold.
 @torch.library.custom_op(f"{SCRIPT.stem}::decayed_attention", mutates_args=())
-def decayed_attention_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-                         cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    module, (q, k, v, log_decay) = fla("ops.simple_gla.chunk"), rows(q, k, v, log_decay)
-    where = {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK}  # its kernels for the states count the chunks themselves
-    total = module.chunk_local_cumsum(log_decay, scale=module.RCP_LN2, **where)  # to the base 2
-    return module.chunk_simple_gla_fwd(q=q, k=k, v=v, g=total, scale=1.0, **where)[0][0], total[0]
+def decayed_attention_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor,
+                         chunks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, (q, k, v, log_decay) = fla("ops.gated_delta_rule.chunk"), rows(q, k, v, log_decay)
+    where = {"cu_seqlens": cu_seqlens, "chunk_indices": chunks, "chunk_size": CHUNK}
+    total = kernels.chunk_local_cumsum(log_decay, scale=kernels.RCP_LN2, **where)  # to the base 2
+    states, _, _ = kernels.chunk_gated_delta_rule_fwd_h(k=k, w=torch.zeros_like(k), u=v, g=total, **where)
+    out = kernels.chunk_fwd_o(q=q, k=k, v=v, h=states, g=total, scale=1.0, **where)
+    return out[0], total[0], states[0]
 
 @torch.library.custom_op(f"{SCRIPT.stem}::decayed_attention_backward", mutates_args=())
-def decayed_attention_backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor,
-                                  cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module, (dout, q, k, v, total) = fla("ops.simple_gla.chunk"), rows(dout, q, k, v, total)
-    where = {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK}
-    *grads, dtotal, _ = module.chunk_simple_gla_bwd(q=q, k=k, v=v, g=total, g_gamma=None, initial_state=None, do=dout,
-                                                    dht=None, scale=1.0, **where)
-    grads.append(module.chunk_local_cumsum(dtotal, reverse=True, **where))
-    return tuple(grad[0].to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v, total)))
+def decayed_attention_backward_op(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chunks: Tensor, total: Tensor,
+        states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels, (dout, q, k, v, total, states) = fla("ops.gated_delta_rule.chunk"), rows(dout, q, k, v, total, states)
+    where = {"cu_seqlens": cu_seqlens, "chunk_indices": chunks, "chunk_size": CHUNK}
+    inputs = {"q": q, "k": k, "g": total, "do": dout, "scale": 1.0, **where}
+    dv = kernels.chunk_bwd_dv_local(**inputs)
+    dstates, _, dv = kernels.chunk_gated_delta_rule_bwd_dhu(
+        w=torch.zeros_like(k), h0=None, dht=None, dv=dv, **inputs)
+    dq, dk, _, dtotal = kernels.chunk_bwd_dqkwg(v=v, h=states, dh=dstates, **inputs)
+    dlog_decay = kernels.chunk_local_cumsum(dtotal, reverse=True, **where)
+    grads = zip((dq, dk, dv, dlog_decay), (q, k, v, total))
+    return tuple(grad[0].to(x.dtype).contiguous() for grad, x in grads)
 
-decayed_attention_op.register_fake(
-    lambda q, k, v, log_decay, *_: (v.new_empty(v.shape), log_decay.new_empty(log_decay.shape)))
-decayed_attention_backward_op.register_fake(
-    lambda dout, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:4]))
+decayed_attention_op.register_fake(lambda q, k, v, log_decay, cu_seqlens, chunks: (
+    v.new_empty(v.shape), log_decay.new_empty(log_decay.shape),
+    k.new_empty(chunks.size(0), *k.shape[1:], v.size(-1))))
+decayed_attention_backward_op.register_fake(lambda dout, q, k, v, cu_seqlens, chunks, total, states: tuple(
+    x.new_empty(x.shape) for x in (q, k, v, total)))
 decayed_attention_op.register_autograd(
-    lambda ctx, dout, _: (*decayed_attention_backward_op(dout, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output[1], inputs[4]))
+    lambda ctx, dout, *_: (*decayed_attention_backward_op(dout, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: (
+        ctx.save_for_backward(*inputs[:3], *inputs[4:], *output[1:]), ctx.mark_non_differentiable(*output[1:]),
+        ctx.set_materialize_grads(False)))
 
 def state_space_fla(x, dt, a, b, c, cu_seqlens, chunks):
     """The recurrence of Mamba-2 is attention without softmax, whose scores decay: q = c, k = b, v = dt x."""
-    return decayed_attention_op(c, b, x * dt[..., None].to(x.dtype), dt * a, cu_seqlens)[0]
+    return decayed_attention_op(c, b, x * dt[..., None].to(x.dtype), dt * a, cu_seqlens, chunks)[0]
 
 @functools.cache
 def mamba_ssm():
@@ -864,7 +872,7 @@ RECURRENCES = {
         "fla": (lambda *args: delta_rule_op(*args)[0], lambda: fla("ops.gated_delta_rule.chunk"), 64),
         "reference": (delta_rule_reference, lambda: None, 0)},
     "state space": {
-        "fla": (state_space_fla, lambda: fla("ops.simple_gla.chunk"), 64),
+        "fla": (state_space_fla, lambda: fla("ops.gated_delta_rule.chunk"), 64),
         "mamba-ssm": (state_space_mamba, lambda: mamba_ssm(), 0),
         "reference": (state_space_reference, lambda: None, 0)},
 }
@@ -1300,8 +1308,6 @@ class Model(nn.Module):
                                                  args.num_heads if args.diff == "none" else 2 * args.diff_heads)]
         with torch.device(device):
             self.embedding, self.head = (nn.Parameter(torch.empty(self.vocab_size, dim, dtype=dtype)) for _ in range(2))
-            if args.extras:
-                self.smear, self.smear_gate = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(12))
             if "=" in args.layers:
                 self.backout = nn.Parameter(torch.empty(()))
             if args.bigram_rows:
@@ -1346,26 +1352,18 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=self.args.init_std or 0.005))
 
     def compile(self):
-        """Compiles parts, not the whole: blocks of one kind share a graph."""
+        """Block by block: those of one kind share a graph."""
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
-        self.embed = torch.compile(self.embed, dynamic=False, fullgraph=True)
         if not self.args.extras:  # whose loss has a kernel
             self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
-    def bigram(self, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows (T, D) of the table, rows (T,) of signs), for tokens with the one before in their document. Pairs share
-        rows by a hash, with signs by another hash, so that those which share a row can still be told apart."""
+    def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """(T, D) for tokens with the one before in their document. Pairs share rows of a table by a hash, and are told
+        apart by signs, rows of which they share by another hash."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row), (tokens ^ before) % len(self.signs)
-
-    def embed(self, x: Tensor, bigram: Tensor | None, sign: Tensor | None, position: Tensor):
-        """x0 and, where there is one, the signed bigram, (T, D), from the tables' rows x and bigram (T, D)."""
-        if self.args.extras:  # smear: a gated look at the token before, if it is of the same document
-            gate = self.smear * torch.sigmoid(x[:, :12] @ self.smear_gate.to(x.dtype)) * (position > 0)
-            x = norm(x + gate[:, None].to(x.dtype) * x.roll(1, 0))
-        return x, None if bigram is None else bigram * self.signs[sign]
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -1377,8 +1375,9 @@ class Model(nn.Module):
                           log_seen, position.int(), cu_seqlens, chunk_table(cu_seqlens, len(tokens)))
         if self.args.compile:
             torch._dynamo.mark_dynamic(packing.chunks, 0)  # as many as the documents make, without recompiling
-        bigram, sign = self.bigram(tokens, position) if self.args.bigram_rows else (None, None)
-        x0, bigram = self.embed(Lookup.apply(self.embedding, tokens), bigram, sign, position)
+        x0 = Lookup.apply(self.embedding, tokens)
+        x0 = norm(x0) if self.args.extras else x0
+        bigram = self.bigram(tokens, position) if self.args.bigram_rows else None
         x, held, kv = x0.view_as(x0), None, None  # a block given one tensor twice would compile apart: so, two views
         for block in self.blocks:
             window = stage.global_window if block.spans else stage.local_window
@@ -1422,18 +1421,15 @@ class Model(nn.Module):
         weights, later = weights * (place[later] >= 0), place[later].clamp(min=0)  # those that had a place
         return self.loss(Lookup.apply(self.head, rows), counts, x, later, weights)
 
-    def stage_inputs(self, index: int, progress: float = 0.0, validation: bool = False) -> StageInputs:
-        """The tensors of stage `index`, a part `progress` of the way through it; or those to validate with in it."""
+    def stage_inputs(self, index: int, validation: bool = False) -> StageInputs:
+        """The tensors of stage `index`, or those to validate with in it."""
         args, stage = self.args, self.args.stages[index]
-        following = args.stages[min(index + 1, len(args.stages) - 1)]
-        windows, bound = stage.windows, stage.document_tokens
-        weights = [(1 - progress) * a + progress * b for a, b in zip(stage.loss_weights, following.loss_weights)]
         if validation:
-            windows, bound, weights = args.val_windows, args.val_row_tokens, [1.0] + [0.0] * (len(weights) - 1)
-        numbers = (torch.tensor(x) for x in (bound, *windows))
-        on_device = (torch.tensor(x).to(self.head.device, non_blocking=True) for x in (windows[1], weights))
-        whole = validation or not 0 < stage.candidates < self.vocab_size
-        candidates = self.vocab_size if whole else stage.candidates
+            stage = replace(stage, document_tokens=args.val_row_tokens, windows=args.val_windows, loss_weights=(1.0,),
+                            candidates=0)
+        numbers = (torch.tensor(x) for x in (stage.document_tokens, *stage.windows))
+        on_device = (torch.tensor(x).to(self.head.device) for x in (stage.windows[1], stage.loss_weights))
+        candidates = stage.candidates if 0 < stage.candidates < self.vocab_size else self.vocab_size
         return StageInputs(*numbers, *on_device, candidates, stage.batch_tokens)
 
     def param_groups(self) -> list[ParamGroup]:
@@ -1445,14 +1441,13 @@ class Model(nn.Module):
 
         head = ParamGroup("adam", like("head"), args.head_lr, args.head_weight_decay, (0.5, 0.95))
         embedding = replace(head, params=like("embedding"), tied_to="head" if args.tied_until else "")
-        scalars = like("residual", "mlp_residual", "inject", "smear", "backout")
+        scalars = like("residual", "mlp_residual", "inject", "backout")
         groups = [
             ParamGroup("muon", like("down"), 2 * args.muon_lr, args.muon_weight_decay),
             ParamGroup("muon", like(*MATRICES), args.muon_lr, args.muon_weight_decay),
             ParamGroup("rows", like("bigram_table"), args.bigram_lr, args.value_weight_decay, (0.0, 0.95)),
             ParamGroup("adam", like("value_table"), args.value_lr, args.value_weight_decay, (0.75, 0.95)),
             head, embedding,  # the largest go first: what travels last, nothing hides
-            ParamGroup("adam", like("smear_gate"), args.smear_gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("value_gate", "bigram_gate"), args.gate_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like("rates"), args.rates_lr, 0.0, (0.9, 0.99)),
             ParamGroup("adam", like(*VECTORS), args.small_lr, 0.0, (0.9, 0.99)),
@@ -1506,7 +1501,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # of local and of global attention, in tokens; growing ones are SkyLadder's (2503.15450)
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; moving on to the next row's
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead: -XX
     candidates: int = 0  # rows of the head in the training loss: a micro-batch's targets, and others (0: all)
 
 @dataclass
@@ -1535,10 +1530,10 @@ class Hyperparameters:
     document_tails: Literal["continue", "drop"] = "drop"
     """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
     stages: tuple[Stage, Stage, Stage, Stage] = (
-        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25), 16_384),
-        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5, 0.0), 16_384),
-        Stage(348 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0, 0.0, 0.0), 16_384),
-        Stage(90 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0, 0.0, 0.0)),
+        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.125), 16_384),
+        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.25), 16_384),
+        Stage(348 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0,), 16_384),
+        Stage(90 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0,)),
     )
     val_windows: tuple[int, int] = (1024, 2560)  # of local and of global attention at validation
 
@@ -1565,7 +1560,7 @@ class Hyperparameters:
     headwise_norm: bool = True  # norm of what each head says, before fusion
     fusion: Literal["mean", "subtract", "concat"] = "mean"  # of attention and recurrent heads
     layernorm_scaling: bool = True  # layer n reads the normalised stream divided by sqrt(n)
-    extras: bool = True  # the speedrun's: x0 into every layer, smear, residual scalars, capped logits
+    extras: bool = True  # the speedrun's: x0 into every layer, residual scalars, capped logits
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 there, unmeasured here
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never)
     zero_mixers: bool = True  # the mixers' output matrices begin at zero, as the MLPs' do
@@ -1582,8 +1577,7 @@ class Hyperparameters:
     value_lr: float = 0.6  # value embeddings, Adam
     value_weight_decay: float = 0.015  # value embeddings and bigram table
     bigram_lr: float = 0.9  # bigram table, Adam without momentum
-    smear_gate_lr: float = 8e-5  # gate of the smear, Adam
-    gate_lr: float = 0.008  # other gates, Adam
+    gate_lr: float = 0.008  # gates, Adam
     rates_lr: float = 0.008  # projections to decays and writing strengths, Adam
     small_lr: float = 0.008  # decays, gains, convolutions and the like, Adam
     scalar_lr: float = 0.04  # scalars of the residual stream, Adam
@@ -1604,8 +1598,7 @@ PRESETS = {
         stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
             (32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="lv d r dv", local_base=163.0, model_dim=192,
-        num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3, bigram_rows=8192, tied_until=0.0, head_lr=0.03,
-        smear_gate_lr=0.008),
+        num_heads=3, kv_heads=3, diff_heads=3, recurrent_heads=3, bigram_rows=8192, tied_until=0.0, head_lr=0.03),
     "dragon": Hyperparameters(  # 20 layers, 759M parameters, 10B tokens in documents of 4,736
         preset="dragon", max_tokens=32_990 * 303_104, optimizer="adamw", adamw_lr=9.7e-4, row_tokens=4736,
         micro_batch_tokens=8 * 4736, stages=(
@@ -1620,7 +1613,6 @@ PRESETS = {
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}  # bf16
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
 FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
               "val_every"}  # in which a run and its resumption may differ
@@ -1632,8 +1624,6 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
-        if len({len(stage.loss_weights) for stage in args.stages}) > 1:
-            raise UserError("every stage needs as many loss weights as the others: fill up with zeros")
         if args.micro_batch_tokens < 1:
             raise UserError("--micro-batch-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
@@ -1646,16 +1636,14 @@ class Schedule:
         self.tokens_before = [0, *np.cumsum(np.repeat(self.batches, np.diff(self.ends, prepend=0))).tolist()]
         self.tokens = self.tokens_before[-1]  # of the whole run, the last of those before each step
 
-    def stage(self, step: int) -> tuple[int, float]:
-        """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
-        index = min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
-        start = self.ends[index - 1] if index else 0
-        return index, (step - start) / max(1, self.ends[index] - start)
+    def stage(self, step: int) -> int:
+        """The stage of `step`; after the last step, the last stage."""
+        return min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
 
     def lr(self, step: int) -> float:
         begin, end = self.args.cooldown
         cooled = min(max((step / self.steps - begin) / max(end - begin, 1e-9), 0), 1)
-        return (1 - cooled) * self.args.stages[self.stage(step)[0]].lr + cooled * self.args.lr_floor
+        return (1 - cooled) * self.args.stages[self.stage(step)].lr + cooled * self.args.lr_floor
 
     def momentum(self, step: int) -> float:
         (low, high), (rise, fall), done = self.args.muon_momentum, self.args.muon_ramps, (step + 1) / self.steps
@@ -1737,23 +1725,23 @@ class Run:
             earlier = [len(table.looked_up) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
                 result = function(*places[:3], type(stage)(*places[3:])).detach()
-            looked_up = [table.looked_up[n:] for table, n in zip(self.tables, earlier)]
-            for table, n in zip(self.tables, earlier):
-                del table.looked_up[n:]
+            looked_up = [(table.looked_up, table.looked_up[n:]) for table, n in zip(self.tables, earlier)]
+            for parts, new in looked_up:
+                del parts[len(parts) - len(new):]
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
         for place, x in zip(places, inputs):
             if torch.is_tensor(x):
                 place.copy_(x)
         graph.replay()
-        for table, parts in zip(self.tables, looked_up):
-            table.looked_up += [(rows.clone(), grad.clone()) for rows, grad in parts]
+        for parts, new in looked_up:
+            parts += [(rows.clone(), grad.clone()) for rows, grad in new]
         return result
 
     def validate(self) -> float:
         """Mean cross-entropy of the next token over the validation set, nats. Stops the clock."""
         self.stop_clock()
-        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
+        stage = self.model.stage_inputs(self.schedule.stage(self.step), validation=True)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with torch.set_grad_enabled(self.args.compile):  # compiled graphs would be made anew without gradients
             for batch in self.val_rows:
@@ -1768,8 +1756,7 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        index, progress = self.schedule.stage(self.step)
-        row, stage = self.args.stages[index], self.model.stage_inputs(index, progress)
+        row, stage = self.args.stages[index := self.schedule.stage(self.step)], self.model.stage_inputs(index)
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
@@ -1796,22 +1783,14 @@ class Run:
         self.stop |= stop > 0
         now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
         done, seconds, self.last_report = self.schedule.tokens_before[step], now - self.last_report, now
-        mfu = f" mfu:{share:.3f}" if (share := self.utilisation(batch_tokens / seconds)) else ""
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
-                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f}{mfu} "
+                 f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f} "
                  f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
 
     def check_finite(self, kind: str, loss: float, step: int):
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Try lower learning rates, as --muon-lr. "
                                      f"Last checkpoint: {self.saved or self.args.resume}")
-
-    def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs over the GPUs' dense bf16 peak; None where that is not known."""
-        name = torch.cuda.get_device_name() if self.world.gpu else ""
-        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-        context = round(self.schedule.tokens_before[self.step] / max(1, self.loader.pieces))
-        return peak and self.model.flops_per_token(context) * tokens_per_second / (peak * self.world.size)
 
     def stop_clock(self):
         if self.start is not None:
@@ -1826,7 +1805,7 @@ class Run:
                  "dataset": self.data.about | {"fingerprint": self.data.fingerprint}, "seconds": self.seconds,
                  "model": {name: param.detach().cpu() for name, param in self.model.named_parameters()},
                  "optimizer": {name: bank.state_dict() for name, bank in self.optimizer.banks.items()},
-                 "position": self.loader.position, "pieces": self.loader.pieces, "rng": torch.get_rng_state()}
+                 "position": self.loader.position, "rng": torch.get_rng_state()}
         if self.world.rank == 0:
             self.saved.parent.mkdir(parents=True, exist_ok=True)
             atomic_save(state, self.saved)
@@ -1848,21 +1827,6 @@ class Run:
         if other:
             raise UserError(f"--resume {path} is of another run, give the same flags: {'; '.join(other)}")
         return state
-
-    @torch.no_grad()
-    def sample(self, length: int = 200) -> str:
-        """Text from the model, `length` characters at most, at temperature 0.8. No cache: it is short."""
-        sys.path += map(str, SCRIPT.parents[:2])  # the repository is the folder of this script, or the one above
-        from data.tokenize_text import decode
-        generator, tokens = torch.Generator(self.world.device).manual_seed(self.args.seed), [self.data.separator]
-        stage = self.model.stage_inputs(self.schedule.stage(self.step)[0], validation=True)
-        with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-            while len(tokens) <= length and len(text := decode(tokens[1:], self.data.about)) < length:
-                context, borders = (torch.tensor(x, device=self.world.device) for x in (tokens, [0, len(tokens)]))
-                logits = self.model.logits(self.model.hidden(context, borders.int(), stage)[0][-1:])
-                probs = (logits[0, :self.data.vocab_size] / 0.8).softmax(0)
-                tokens.append(torch.multinomial(probs, 1, generator=generator).item())
-        return text[:length]
 
     def environment(self) -> dict:
         git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=SCRIPT.parent,
@@ -1893,8 +1857,7 @@ class Run:
             for name, bank in self.optimizer.banks.items():
                 bank.load_state_dict(state["optimizer"][name])
             torch.set_rng_state(state["rng"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.loader.position, self.loader.pieces = state["position"], state["pieces"]
+            self.step, self.seconds, self.loader.position = state["step"], state["seconds"], state["position"]
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
         self.last_report, epoch = self.seconds, self.loader.epoch
@@ -1920,13 +1883,13 @@ class Run:
             self.save(f"{SCRIPT.stem}_final")
         speed, reached = self.schedule.tokens / self.seconds, val_loss <= args.target
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
-                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)\nsample: {self.sample()!r}")
+                 f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)")
         closing = json.dumps({
             "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
             "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
             "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
-            "mfu": self.utilisation(speed), "val_tokens": args.val_tokens,
-            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None, **environment})
+            "val_tokens": args.val_tokens, **environment,
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None})
         self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
         self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
 
