@@ -169,19 +169,14 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     return tuple(tensors)
 
 class TrainLoader:
-    """Batches of packed documents, the same for every number of ranks, from one endless stream: all training shards,
-    epoch after epoch. A batch is rows of `row_tokens`. Rank r takes the r-th part of them, and packs as many into a
-    micro-batch as `micro_batch_tokens` allows. `position` in the stream is all there is to restore."""
+    """Batches of packed documents from one endless stream, all training shards epoch after epoch: rows of `row_tokens`,
+    the same for any number of ranks, of which each packs its part into micro-batches. To restore, set `position`."""
     def __init__(self, dataset: Dataset, world: World, row_tokens: int, micro_batch_tokens: int, tails: str):
         self.dataset, self.world, self.position = dataset, world, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
         *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
         if not self.epoch_tokens:
             raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
-
-    @property
-    def epoch(self) -> int:
-        return self.position // self.epoch_tokens + 1
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Tokens [position, position + count) of the stream, uint16."""
@@ -536,10 +531,9 @@ attention_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:]))
 
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
-    """Causal attention inside each of the documents packed into one row: q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv).
-    cu_seqlens (documents + 1,) int32: the documents' borders, from 0 to T. max_seqlen: a bound on their length. A query
-    sees `window` keys, the last of them its own. scale: of the scores. The last three are numbers; as 0-D CPU tensors
-    they are no part of a compiled graph, and one graph serves a whole run."""
+    """Causal attention in each of the packed documents, q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv), whose borders, 0
+    to T, are cu_seqlens (documents + 1,) int32. max_seqlen: a bound on their length. A query sees `window` keys, its own
+    last. scale: of the scores. The last three, as 0-D CPU tensors, are no part of a compiled graph."""
     max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
     return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
 
@@ -651,8 +645,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 def scaled(scalar: Tensor, x: Tensor) -> Tensor:
-    """`scalar` times x (T, D), not rounded yet: fp32. As a column (T, 1), the scalar gets a gradient by sums of rows,
-    in the same kernel as the norm's: steps 0.5% shorter."""
+    """`scalar` times x (T, D), in fp32. A column gets its gradient in the norm's kernel: steps 0.5% shorter."""
     return scalar.expand(len(x), 1) * x
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -661,9 +654,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], dim=-1)
 
 def yarn(windows: list[int], head_dim: int) -> tuple[float, Tensor]:
-    """(score scale, rotary frequencies (head_dim / 4,)) when the long window has gone through `windows` tokens. YaRN
-    (arXiv 2309.00071): as it grows, frequencies that turned less than once in it are slowed down to fit the new one,
-    fast ones stay as they are, and the scores are sharpened a little: loss -0.004 (24M tokens)."""
+    """(score scale, rotary frequencies (head_dim / 4,)) after long `windows`, by YaRN (arXiv 2309.00071): as they grow,
+    what turned less than once in one is slowed down to fit, and scores are sharpened: loss -0.005 (24M tokens)."""
     scale, frequencies = 0.1, (1 / 1024) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
     for old, new in zip(windows, windows[1:]):
         keep = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -884,7 +876,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # short and long attention window, in tokens
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead: -XX
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead: -0.008 (100M tokens, a text thrice)
     candidates: int = 0  # rows of the head in the training loss (0: all); 16,384: -17.6% time, loss +0.006 (24M)
 
 @dataclass
@@ -909,8 +901,7 @@ class Hyperparameters:
 
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
-    document_tails: Literal["continue", "drop"] = "drop"
-    """the rest of a cut document: a new piece, or lost; that takes more text for a loss 0.04 lower (20M tokens)"""
+    document_tails: Literal["continue", "drop"] = "drop"  # of cut documents: new pieces; lost: loss -0.04 (20M)
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.125), 16_384),
         Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.25), 16_384),
@@ -949,8 +940,7 @@ PRESETS = {
     "speedrun": Hyperparameters(),
     "short": Hyperparameters(  # half the batch, twice the steps: loss -0.41 at 20M tokens (rates times 0.66 to 0.73)
         preset="short", max_tokens=100_000_000, val_every=250, bigram_rows=1_000_000,  # loss -0.008 (24M)
-        stages=tuple(
-            replace(row, batch_tokens=row.batch_tokens // 2, lr=0.7 * row.lr) for row in Hyperparameters.stages)),
+        stages=tuple(replace(s, batch_tokens=s.batch_tokens // 2, lr=0.7 * s.lr) for s in Hyperparameters.stages)),
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
@@ -1019,6 +1009,8 @@ class Run:
         self.step, self.seconds, self.start = 0, 0.0, None  # start: since when the clock runs, if it does
         self.unread, self.last_report, self.saved, self.file, self.digest = None, 0.0, None, None, hashlib.sha256()
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
+        self.stages, self.val_stages = ([self.model.stage_inputs(index, validation) for index in range(4)]
+                                        for validation in (False, True))
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if world.gpu else None
         self.tables = [bank.table for bank in self.optimizer.banks.values() if isinstance(bank, RowBank)]
         if world.rank == 0:
@@ -1041,11 +1033,9 @@ class Run:
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         self.model.compile()
-        stages = [self.model.stage_inputs(index) for index in range(len(self.args.stages))]
-        passes = [(self.gradients, self.loader.micro_batch_rows(stage.batch_tokens) * self.args.row_tokens, stage)
-                  for stage in stages]
-        for function, size, stage in passes + [
-                (self.model, self.args.val_row_tokens, self.model.stage_inputs(len(stages) - 1, validation=True))]:
+        sizes = [self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens for row in self.args.stages]
+        for function, size, stage in [*((self.gradients, *of_stage) for of_stage in zip(sizes, self.stages)),
+                                      (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
             tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
             borders = torch.linspace(0, size, max(64, size // 256), device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
@@ -1064,25 +1054,21 @@ class Run:
         return loss / stage.loss_weights.sum()
 
     def graphed(self, function, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        """function(*batch, stage), 0-D, on a GPU by a CUDA graph: captured when shapes and numbers are new, replayed
-        after. XX ms of Python per micro-batch become XX."""
+        """function(*batch, stage), 0-D. On a GPU a CUDA graph does it, captured when stage or shapes are new: a replay
+        takes Python 0.2 ms, not 40 (train_hybrid.py: 84) for kernels that take 12 with 8,192 tokens (H200)."""
         if not (self.world.gpu and self.args.compile):
             return function(*batch, stage).detach()
-        inputs = *batch, *stage
-        key = function, *(x.shape if getattr(x, "is_cuda", False) else float(x) for x in inputs)
+        key = function, id(stage), *(x.shape for x in batch)
         if key not in self.graphs:
-            places = [x.clone() if torch.is_tensor(x) else x for x in inputs]
-            earlier = [len(table.looked_up) for table in self.tables]
+            places = [x.clone() for x in batch]
+            earlier = [(table.looked_up, len(table.looked_up)) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
-                result = function(*places[:3], type(stage)(*places[3:])).detach()
-            looked_up = [(table.looked_up, table.looked_up[n:]) for table, n in zip(self.tables, earlier)]
-            for parts, new in looked_up:
-                del parts[len(parts) - len(new):]
+                result = function(*places, stage).detach()
+            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
-        for place, x in zip(places, inputs):
-            if torch.is_tensor(x):
-                place.copy_(x)
+        for place, x in zip(places, batch):
+            place.copy_(x)
         graph.replay()
         for parts, new in looked_up:
             parts += [(rows.clone(), grad.clone()) for rows, grad in new]
@@ -1091,7 +1077,7 @@ class Run:
     def validate(self) -> float:
         """Mean cross-entropy of the next token over the validation set, nats. Stops the clock."""
         self.stop_clock()
-        stage = self.model.stage_inputs(self.schedule.stage(self.step), validation=True)
+        stage = self.val_stages[self.schedule.stage(self.step)]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with torch.set_grad_enabled(self.args.compile):  # compiled graphs would be made anew without gradients
             for batch in self.val_rows:
@@ -1106,7 +1092,7 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        row, stage = self.args.stages[index := self.schedule.stage(self.step)], self.model.stage_inputs(index)
+        row, stage = self.args.stages[index := self.schedule.stage(self.step)], self.stages[index]
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
@@ -1181,9 +1167,8 @@ class Run:
     def environment(self) -> dict:
         git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, cwd=SCRIPT.parent,
                              capture_output=True, text=True)  # by a shell: then there need not be any git
-        cpuinfo = Path("/proc/cpuinfo")
-        cpu = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-        device = torch.cuda.get_device_name() if self.world.gpu else f"{(cpu or [platform.machine()])[0]} CPU"
+        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
+        device = torch.cuda.get_device_name() if self.world.gpu else f"{cpu[0]} CPU"
         return {"script": SCRIPT.name, "source_sha256": hashlib.sha256(SCRIPT.read_bytes()).hexdigest(),
                 "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
                 "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
@@ -1210,7 +1195,7 @@ class Run:
             self.step, self.seconds, self.loader.position = state["step"], state["seconds"], state["position"]
             self.log(f"resumed:{args.resume} step:{self.step}")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_here", True))
-        self.last_report, epoch = self.seconds, self.loader.epoch
+        self.last_report, ended = self.seconds, self.loader.position // self.loader.epoch_tokens  # epochs
         gc.freeze()
         gc.enable()
         self.log(f"startup:{(startup := time.perf_counter() - process_start):.1f}s")
@@ -1218,9 +1203,9 @@ class Run:
             if args.val_every and self.step and self.step % args.val_every == 0:
                 self.validate()
             self.train_step()
-            if self.loader.epoch > epoch:
-                epoch = self.loader.epoch
-                self.log(f"epoch:{epoch} begins, all {self.loader.epoch_tokens} training tokens have been read")
+            if (now := self.loader.position // self.loader.epoch_tokens) > ended:
+                ended = now
+                self.log(f"epoch:{ended + 1} begins, all {self.loader.epoch_tokens} training tokens have been read")
             save = args.checkpoint and args.save_every and self.step % args.save_every == 0
             if self.stop or (save and self.step < steps):
                 self.stop_clock()
