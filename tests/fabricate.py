@@ -75,8 +75,9 @@ def seal(text: str) -> str:
 
 
 def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source: str = SOURCE,
-             args: dict | None = None, params: int = 2_400_000, **environment) -> str:
-    """A log as a script writes it. A run's losses and times follow from its seed; the last loss is near `loss`."""
+             args: dict | None = None, params: int = 2_400_000, older: bool = False, **environment) -> str:
+    """A log as a script writes it; an `older` one has a share of the GPU's peak, and a text by the model. A run's losses
+    and times follow from its seed; the last loss is near `loss`."""
     rng = np.random.default_rng(seed)
     stages = [{"steps": 0.25, "batch_tokens": batch} for batch in (1024, 2048, 2048, 4096)]
     args = {"seed": seed, "max_tokens": 60_000, "target": 1.8, "val_tokens": 2048, "val_row_tokens": 512,
@@ -100,7 +101,7 @@ def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source
         val_loss = loss + 4 * (1 - step / steps) ** 2 + rng.normal(0, 0.002)
         lines.append(f"step:{step}/{steps} train_loss:{val_loss + rng.normal(0, 0.05):.4f} train_time:{now:.3f}s "
                      f"step_time:{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch / seconds:.0f} "
-                     f"ends_in:{(total / done - 1) * now:.0f}s")
+                     f"{'mfu:0.412 ' * older}ends_in:{(total / done - 1) * now:.0f}s")
         if step == steps or (args["val_every"] and step % args["val_every"] == 0):
             now += stopping
             lines.append(f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{now:.3f}s")
@@ -111,12 +112,12 @@ def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source
         f"{environment['attention']}, data {environment['dataset']}: {params / 1e6:.1f}M parameters, {steps} steps, "
         f"{total / 1e6:.1f}M tokens, target {args['target']}", "startup:2.3s", *lines,
         f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args['target']}, in "
-        f"{now:.1f} s of training ({speed:.0f} tokens/s)", "sample: 'The whale'"])
+        f"{now:.1f} s of training ({speed:.0f} tokens/s)", *["sample: 'The whale'"] * older])
     closing = json.dumps({
         "val_loss": val_loss, "target": args["target"], "reached": reached, "seed": seed, "steps": steps,
         "tokens": total, "train_seconds": now, "startup_seconds": 2.34, "total_seconds": now + 10,
-        "tokens_per_second": speed, "mfu": None, "val_tokens": args["val_tokens"],
-        "peak_memory_mib": None if "CPU" in environment["device"] else 31245.39, **environment})
+        "tokens_per_second": speed, **({"mfu": 0.412} if older else {}), "val_tokens": args["val_tokens"],
+        **environment, "peak_memory_mib": None if "CPU" in environment["device"] else 31245.39})
     return seal(f"{source}{rule}\n{json.dumps(environment)}\n{rule}\n{report}\n{closing[:-1]}{runlog.SEAL}")
 
 

@@ -14,6 +14,7 @@ import torch
 
 import train_gpt as gpt
 from evals import common, hellaswag, lambada, multiple_choice
+from evals import sample as sample_program
 
 REPOSITORY = Path(gpt.__file__).parent
 CPU = torch.device("cpu")
@@ -172,6 +173,15 @@ def test_a_run_that_was_stopped_is_evaluated_in_its_stage(checkpoint, tmp_path):
         torch.save(state, tmp_path / "stopped.pt")
         stages[state["step"]] = common.load(tmp_path / "stopped.pt", flags()).stage(128)
     assert stages[3].scale < stages[146].scale and stages[3].max_seqlen == 128
+
+
+def test_the_stage_of_an_older_script_is_found(checkpoint, tmp_path):
+    """Its schedule says (stage, how far through it)."""
+    state = torch.load(checkpoint, weights_only=True)
+    state["source"] += "\nSchedule.stage = lambda self, step, new=Schedule.stage: (new(self, step), 0.5)\n"
+    torch.save(state, tmp_path / "older.pt")
+    new, older = (common.load(path, flags(trust_source=True)) for path in (checkpoint, tmp_path / "older.pt"))
+    assert new.stage(128).scale == older.stage(128).scale
 
 
 def test_two_versions_of_a_script_fit_into_one_process(checkpoint, tmp_path):
@@ -406,3 +416,59 @@ def test_examples_that_no_hub_gives(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(common.InputError, match="--file FILE.jsonl"):
         common.read_examples(lambada.convert, None, ("EleutherAI/lambada_openai", "default", "test"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text from the model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def naive_sample(lm: common.LanguageModel, prompt: str, count: int, temperature: float, seed: int) -> str:
+    """One token at a time, without packs."""
+    tokens = start = lm.encode_prompts([prompt])[0]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        borders = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        with torch.no_grad():
+            logits = lm.model.logits(lm.model.hidden(torch.from_numpy(tokens), borders, lm.stage(1024))[0][-1:])
+        probs = (logits[0, :lm.vocab_size] / temperature).softmax(0)
+        tokens = np.append(tokens, torch.multinomial(probs, 1, generator=generator))
+    return prompt + lm.decode(tokens[len(start):])
+
+
+@pytest.mark.parametrize("prompt", ["", "The dog é", "ship " * 20])
+def test_a_sample_is_drawn_from_what_the_model_says_after_the_prompt(lm, prompt):
+    drawn = [sample_program.sample(lm, sample_program.Args((), prompt=prompt, length=12, temperature=t, seed=seed))
+             for t, seed in ((0.8, 3), (0.8, 3), (0.8, 4), (5.0, 3))]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    assert all(text.startswith(prompt) and len(text) <= len(prompt) + 12 for text in drawn)
+    assert all(naive_sample(lm, prompt, 12, t, seed).startswith(text)
+               for text, t, seed in zip(drawn[1:], (0.8, 0.8, 5.0), (3, 4, 3)))
+
+
+def test_a_sample_of_no_temperature_is_what_is_most_likely():
+    lm = language_model()
+    text = sample_program.sample(lm, sample_program.Args((), prompt="The gate", length=10, temperature=1e-4))
+    tokens = naive_generation(lm, lm.encode_prompts(["The gate"])[0], 10)
+    assert ("The gate" + lm.decode(tokens)).startswith(text) and len(text) > len("The gate")
+
+
+def test_the_sample_s_command(checkpoint):
+    command = [sys.executable, "-m", "evals.sample", str(checkpoint), "--prompt", "A ship", "--length", "7"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    expected = sample_program.sample(common.load(checkpoint, flags()),
+                                     sample_program.Args((), prompt="A ship", length=7))
+    assert done.returncode == 0 and done.stdout == expected + "\n", done.stderr
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["missing.pt"], "no such file"), ([], "give a checkpoint"), (["CHECKPOINT", "--length", "0"], "--length"),
+    (["CHECKPOINT", "--temperature", "0"], "--temperature"), (["CHECKPOINT", "--limit", "1"], "nrecognized")])
+def test_a_wrong_command_of_the_sample_ends_with_exit_code_2(checkpoint, monkeypatch, capsys, wrong, message):
+    words = [str(checkpoint) if word == "CHECKPOINT" else word for word in wrong]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        sample_program.main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and message in err
+    assert "--limit" in wrong or (err.startswith("sample.py: ") and err.count("\n") == 1)

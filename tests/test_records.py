@@ -26,7 +26,7 @@ from fabricate import LINE, ROOT, SOURCE, Site, compressed, log_text, seal, sub
 from record import Repository
 from runlog import Refused
 
-TEXT = log_text()
+TEXT, OLDER = log_text(), log_text(older=True)
 
 
 @pytest.fixture
@@ -44,6 +44,13 @@ def test_a_good_log_is_read():
     assert log.steps[-1].tokens == log.result["tokens"] == log.validations[-1].tokens
     assert f"{log.loss:.4f}" == f"{log.validations[-1].loss:.4f}"
     assert f"{log.seconds:.3f}" == f"{log.validations[-1].seconds:.3f}"
+
+
+def test_an_older_log_is_read():
+    """Its steps say what share of the GPU's peak they reach, and a text by the model follows its result."""
+    log, older = runlog.parse("log", TEXT), runlog.parse("log", OLDER)
+    assert " mfu:0.412 ends_in:" in OLDER and "\nsample: 'The whale'\n{" in OLDER and "sample: '" not in TEXT
+    assert (older.steps, older.validations, older.loss, older.sealed) == (log.steps, log.validations, log.loss, True)
 
 
 def test_a_real_run_is_read(tmp_path):
@@ -96,7 +103,7 @@ FAULTS = {  # name: (edit of a good log, what the refusal says); all end in a fi
     "only a head": (lambda t: t.split(runlog.RULE)[0] + runlog.RULE, "is no log"),
     "a script that did not run": (lambda t: t.replace("nn.Linear(8, 8)", "nn.Linear(8, 9)"), "not the one that ran"),
     "resumed": (put("^startup:", "resumed:logs/x.pt step:7\nstartup:"), "of a resumed run .resumed:logs/x.pt"),
-    "stopped": (put("^sample: ", "stopped by SIGTERM: go on\nsample: "), "a run that did not end"),
+    "stopped": (put("^reached the", "stopped by SIGTERM: go on\nreached the"), "a run that did not end"),
     "head and end differ": (lambda t: t.replace('"threads": 1,', '"threads": 2,', 1),
                             "threads is 2 at its head and 1 in its"),
     "entry lost": (lambda t: t.replace('"triton": null, ', ""), "its closing line has no triton"),
@@ -104,7 +111,7 @@ FAULTS = {  # name: (edit of a good log, what the refusal says); all end in a fi
     "fewer steps": (put('"steps": 26,', '"steps": 25,'), "steps is 25 in its closing line, and by its arguments 26"),
     "other tokens": (put('"tokens": (\\d+), "train', '"tokens": 1, "train'), "tokens is 1 in its closing line"),
     "easier target": (put('"target": 1.8, "reached"', '"target": 1.9, "reached"'), "target is 1.9 in its closing"),
-    "fewer validation tokens": (put('"val_tokens": 2048, "peak', '"val_tokens": 1024, "peak'), "val_tokens is 1024"),
+    "fewer validation tokens": (put('"val_tokens": 2048, "scr', '"val_tokens": 1024, "scr'), "val_tokens is 1024"),
     "not reached": (put('"reached": true', '"reached": false'), "reached is False"),
     "broken JSON": (put('"val_loss": ', '"val_loss": ,'), "JSON or arguments are damaged"),
     "endless": (lambda t: t.replace('"max_tokens": 60000', '"max_tokens": 6e99'), "JSON or arguments are damaged"),
@@ -135,17 +142,24 @@ FAULTS = {  # name: (edit of a good log, what the refusal says); all end in a fi
     "total too small": (put('"total_seconds": [^,]+', '"total_seconds": 3.0'), "less than start-up and training"),
     "result missing": (put(r"^reached the target.*\n", ""), "expected 'reached the target"),
     "result differs": (put("^reached the target", "missed the target"), "expected 'reached the target"),
-    "sample missing": (put(r"^sample: .*\n", ""), "expected 'sample: ...'"),
     "line of somebody's": (put("^step:7/26", "hello\nstep:7/26"), "is 'hello', expected 'step:7/26"),
-    "line after the sample": (put("^(sample: .*)", r"\1\nhello"), "is none that a run writes: 'hello'"),
+    "line after the result": (put("^(reached the .*)", r"\1\nhello"), "is none that a run writes: 'hello'"),
+    "a step after the result": (put("^(reached the .*)", r"\1\nstep:26/26"), "is none that a run writes: 'step:26"),
+}
+OLDER_FAULTS = {  # of the line after the result
+    "line after it": (put("^(sample: .*)", r"\1\nhello"), "is none that a run writes: 'hello'"),
+    "line before it": (put("^sample: ", "hello\nsample: "), "is none that a run writes: 'hello'"),
+    "twice": (put("^(sample: .*)", r"\1\n\1"), 'is none that a run writes: "sample: '),
+    "before the result": (move("sample: ", "reached the "), "is \"sample: .*expected 'reached the target"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_named(fault):
-    edit, reason = FAULTS[fault]
-    text = edit(TEXT)
-    assert text != TEXT
+@pytest.mark.parametrize("good, edit, reason", [
+    *(pytest.param(TEXT, *fault, id=name) for name, fault in FAULTS.items()),
+    *(pytest.param(OLDER, *fault, id=f"sample, {name}") for name, fault in OLDER_FAULTS.items())])
+def test_fault_is_named(good, edit, reason):
+    text = edit(good)
+    assert text != good
     with pytest.raises(Refused, match=f"^log: .*(?:{reason})"):
         runlog.parse("log", seal(text) if runlog.SEAL in text else text)
 
@@ -157,7 +171,7 @@ def test_truncated_log(end):
 
 
 def test_a_digest_shows_any_edit():
-    for text in (sub(r"^(step:7/26 train_loss:)\S+", r"\g<1>2.0000", TEXT), TEXT.replace("The whale", "The white")):
+    for text in (sub(r"^(step:7/26 train_loss:)\S+", r"\g<1>2.0000", TEXT), OLDER.replace("The whale", "The white")):
         with pytest.raises(Refused, match="edited after the run"):
             runlog.parse("log", text)
 
@@ -183,7 +197,7 @@ DAMAGE = {  # name: (bytes of an .xz file, what the refusal says)
     "flipped bit": (PACKED[:999] + bytes([PACKED[999] ^ 1]) + PACKED[1000:], "is damaged or no xz file"),
     "not compressed": (TEXT.encode(), "is damaged or no xz file"),
     "older format": (lzma.compress(TEXT.encode(), lzma.FORMAT_ALONE), "is damaged or no xz file"),
-    "edited text": (lzma.compress(TEXT.replace("whale", "snail").encode()), "edited after the run"),
+    "edited text": (lzma.compress(TEXT.replace("2.4.6", "2.4.7").encode()), "edited after the run"),
     "not UTF-8": (lzma.compress(b"\xff"), "is no log .not UTF-8"),
 }
 
@@ -226,10 +240,10 @@ def edited_lines(draw) -> bytes:
 def claims(log: runlog.Log) -> dict:
     """What a record says of a run: the result to the digits that it prints, the source, and the environment.
 
-    An edit that leaves this alone is harmless. Training losses and earlier validations draw the curves, and the sample,
-    the whole process's seconds and the peak memory are told but not ranked: nothing else in the log confirms them.
+    An edit that leaves this alone is harmless. Training losses and earlier validations draw the curves, and the whole
+    process's seconds and the peak memory are told but not ranked: nothing else in the log confirms them.
     """
-    told = {"mfu", "peak_memory_mib", "total_seconds", "startup_seconds", "tokens_per_second", "log_sha256"}
+    told = {"peak_memory_mib", "total_seconds", "startup_seconds", "tokens_per_second", "log_sha256"}
     result = {key: log.result[key] for key in json.loads(LINES[-2]).keys() - told}
     return result | {"val_loss": f"{log.loss:.4f}", "train_seconds": f"{log.seconds:.3f}", "source": log.source,
                      "steps": len(log.steps), "curve": [step.tokens for step in log.steps]}
@@ -389,7 +403,7 @@ def three(**last) -> list[str]:
 
 
 REFUSALS = {  # name: (logs, what the refusal says)
-    "edited": (lambda: three()[:2] + [log_text(2).replace("whale", "snail")], "edited after the run"),
+    "edited": (lambda: three()[:2] + [log_text(2).replace("2.4.6", "2.4.7")], "edited after the run"),
     "truncated": (lambda: three()[:2] + [log_text(2)[:-300]], "ends before its closing line"),
     "no digest": (lambda: three()[:2] + [log_text(2).rpartition(runlog.SEAL)[0] + "}\n"], "has no log_sha256"),
     "another source": (lambda: three(source=SOURCE + "#\n"), "are of different sources"),
@@ -593,11 +607,12 @@ def test_verify_reads_logs_by_their_text(landed, capsys):
     text, about = runlog.read_bytes(path), path.with_name("record.json")
     path.write_bytes(lzma.compress(text, preset=0))
     verdict(landed, capsys, code=0)
+    edited = sub(r"^(step:7/26 train_loss:)\S+", r"\g<1>2.0000", text.decode())
     for data, reason in ((lzma.compress(text) + b"x", "has 1 bytes after the end of its xz stream"),
                          (lzma.compress(text) * 2, "bytes after the end of its xz stream"),
                          (lzma.compress(text)[:-9], "is cut off: its xz stream has no end"),
-                         (lzma.compress(text.replace(b"whale", b"snail")), "edited after the run"),
-                         (lzma.compress(seal(text.decode().replace("whale", "snail")).encode()), "not what the logs"),
+                         (lzma.compress(edited.encode()), "edited after the run"),
+                         (lzma.compress(seal(edited).encode()), "not what the logs"),
                          (text, "is damaged or no xz file")):
         path.write_bytes(data)
         error = verdict(landed, capsys)
