@@ -105,7 +105,7 @@ def test_batches_are_those_of_the_slow_reference(name, row_tokens, longest, tail
     for rows in (3, 1, 4, 2, 5) * 3:  # most go through several epochs
         expected, position = reference_step(stream, position, rows, row_tokens, longest, tails)
         assert joined(rows_of(train.next(rows * row_tokens, longest))) == joined(expected)
-        assert train.position == position and train.epoch == position // len(stream) + 1
+        assert train.position == position and train.epoch_tokens == len(stream)
 
 
 @pytest.mark.parametrize("tails", ["continue", "drop"])
@@ -157,6 +157,17 @@ def test_continue_uses_every_token_once_and_in_order(shards, row_tokens, longest
         position += rows * row_tokens
 
 
+@pytest.mark.parametrize("tokens, documents, borders", [
+    (16384, 1, 64), (16384, 63, 64), (16384, 64, 128), (16384, 128, 192), (65536, 1, 256), (65536, 255, 256),
+    (65536, 256, 512), (40_000, 5, 156), (100, 5, 64)])
+def test_borders_are_filled_up_so_that_a_size_of_batch_has_few_shapes(tokens, documents, borders):
+    """To one for each 256 tokens, or 64, or a multiple of that; with empty documents at the end."""
+    pieces = [(i, 1) for i in range(documents - 1)] + [(documents - 1, tokens - documents + 1)]
+    packed, _, cu_seqlens = gpt.pack(np.arange(tokens + 1, dtype=np.uint16), pieces, torch.device("cpu"))
+    assert len(packed) == tokens and len(cu_seqlens) == borders
+    assert cu_seqlens.tolist() == [*range(documents), *[tokens] * (borders - documents)]
+
+
 @any_shards_and_steps
 def test_drop_begins_every_piece_with_a_document(shards, row_tokens, longest, steps):
     stream, position = sum(shards, []), 0
@@ -197,8 +208,8 @@ def test_position_is_all_there_is_to_restore(tails):
         fresh.position = train.position
         rows = 1 + step % 4
         assert rows_of(fresh.next(rows * 16, 10)) == rows_of(train.next(rows * 16, 10))
-        assert fresh.position == train.position and fresh.epoch == train.epoch
-    assert train.epoch > 3
+        assert fresh.position == train.position
+    assert train.position > 3 * train.epoch_tokens
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

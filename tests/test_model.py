@@ -6,7 +6,6 @@ import functools
 import inspect
 import math
 import re
-import types
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
 LAYERS = "se svp= lepo -e levho"
-REACH = SHORT - 1 + SHORT // 2 + LONG + 1  # how far back LAYERS see, smear and all: the last reads the second's
+REACH = SHORT - 1 + SHORT // 2 + LONG  # how far back LAYERS see: the last reads the second's
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +117,8 @@ def naive_bigram(model, tokens) -> Tensor:
 def naive_hidden(model, tokens) -> Tensor:
     words, heads = model.args.layers.split(), model.args.num_heads
     scale, frequencies = gpt.yarn([LONG], model.args.model_dim // heads)
-    x = model.embedding[tokens]
-    smear = model.smear * torch.sigmoid(x[1:, :12] @ model.smear_gate)
-    x0, held = rms(torch.cat([x[:1], x[1:] + smear[:, None] * x[:-1]])), 0.0
-    x, bigram = x0, naive_bigram(model, tokens)
+    x = x0 = rms(model.embedding[tokens])
+    bigram, held = naive_bigram(model, tokens), 0.0
     for word, block in zip(words, model.blocks):
         x = block.residual * x + (block.inject * x0 if "e" in word else 0) + block.bigram_gate * bigram
         if "-" not in word:
@@ -173,10 +170,10 @@ def test_a_token_changes_no_hidden_state_before_it_and_some_after():
 
 
 @pytest.mark.parametrize("layers, reach", [
-    (LAYERS, REACH), ("-", 1), ("s", SHORT), ("l", LONG), ("s -", SHORT), ("l lv -", 2 * LONG - 1),
-    ("s= l", SHORT + LONG - 1), ("s= l lh", SHORT + LONG - 1), ("s= l l", SHORT + 2 * (LONG - 1)),
-    ("sp", SHORT // 2 + 1), ("lp", LONG // 2 + 1), ("lp s", LONG // 2 + SHORT),
-    ("so", SHORT + 1), ("lpo", LONG // 2 + 2), ("lo s", LONG + SHORT)])
+    (LAYERS, REACH), ("-", 0), ("s", SHORT - 1), ("l", LONG - 1), ("s -", SHORT - 1), ("l lv -", 2 * (LONG - 1)),
+    ("s= l", SHORT + LONG - 2), ("s= l lh", SHORT + LONG - 2), ("s= l l", SHORT - 1 + 2 * (LONG - 1)),
+    ("sp", SHORT // 2), ("lp", LONG // 2), ("lp s", LONG // 2 + SHORT - 1),
+    ("so", SHORT), ("lpo", LONG // 2 + 1), ("lo s", LONG + SHORT - 1)])
 def test_a_hidden_state_depends_on_its_own_document_as_far_back_as_the_windows_reach(layers, reach):
     """By gradients, exactly: causality, document borders, windows, and that nothing in reach is missing."""
     model, lengths = random_model(layers=layers), (30, 1, 20, 25)
@@ -214,7 +211,7 @@ def test_validation_sees_its_own_windows():
     model, tokens = random_model(layers="l", val_windows=(7, 9)), torch.arange(60)
     x, _ = model.hidden(tokens, borders(60), model.stage_inputs(0, validation=True))
     (grad,) = torch.autograd.grad(x[-1].sum(), model.embedding)
-    assert grad.abs().sum(1).nonzero().flatten().tolist() == list(range(60 - 9 - 1, 60))  # the smear sees one more
+    assert grad.abs().sum(1).nonzero().flatten().tolist() == list(range(60 - 9, 60))
 
 
 def test_scores_depend_on_relative_position_only():
@@ -338,8 +335,8 @@ def test_gradients_reach_every_parameter():
 
 def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(monkeypatch):
     """Stages, validation windows and numbers of documents recompile nothing."""
-    stages = tuple(stage(windows=(3, long), loss_weights=(1.0, weight)) for long, weight in
-                   ((5, 0.5), (9, 0.5), (30, 0.0), (80, 0.0)))
+    stages = tuple(stage(windows=(3, long), loss_weights=weights) for long, weights in
+                   ((5, (1.0, 0.5)), (9, (1.0, 0.3)), (30, (1.0,)), (80, (1.0,))))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
@@ -352,12 +349,12 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
         results = []
         for model in (eager, compiled):
-            loss = model(tokens, targets, cu_seqlens, model.stage_inputs(index, 0.3))
+            loss = model(tokens, targets, cu_seqlens, model.stage_inputs(index))
             results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
         for x, y in zip(*results):
             assert_near(x, y, 1e-3)
         graphs.append(counter.frame_count)
-    assert graphs[0] >= 3 and set(graphs) == {graphs[0]}, graphs
+    assert set(graphs) == {5}, graphs  # one for each kind of layer
 
 
 def test_layers_of_one_kind_share_a_graph_also_where_they_read_the_held_stream(monkeypatch):
@@ -367,7 +364,7 @@ def test_layers_of_one_kind_share_a_graph_also_where_they_read_the_held_stream(m
     model = random_model(layers="s s= svh svh").float()
     model.compile()
     model(random_tokens(90), random_tokens(90, seed=1), borders(90), model.stage_inputs(0)).backward()
-    assert counter.frame_count == 4  # the embedding, s, svh, the last svh
+    assert counter.frame_count == 3  # s, svh, the last svh
 
 
 # The stage table
@@ -398,10 +395,10 @@ def test_yarn_compounds_over_stages():
     assert frequencies[-1] * 4 == pytest.approx(1 / 1024) and scale == pytest.approx(0.1 * (1 + 0.2 * math.log(2)) ** 2)
 
 
-STAGES = (stage(windows=(2, 64), document_tokens=100, loss_weights=(1.0, 0.5)),
-          stage(windows=(3, 128), document_tokens=200, loss_weights=(0.8, 0.5)),
-          stage(windows=(4, 256), document_tokens=300, loss_weights=(0.6, 0.0)),
-          stage(windows=(5, 512), document_tokens=400, loss_weights=(0.4, 0.2)))
+STAGES = (stage(windows=(2, 64), document_tokens=100, loss_weights=(1.0, 0.5, 0.2)),
+          stage(windows=(3, 128), document_tokens=200, loss_weights=(0.8, 0.5), batch_tokens=2048),
+          stage(windows=(4, 256), document_tokens=300, loss_weights=(0.6,), candidates=128),
+          stage(windows=(5, 512), document_tokens=400, loss_weights=(0.4, 0.2), candidates=10**6))
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -411,23 +408,16 @@ def test_stage_inputs_are_the_row_of_the_table(index):
     assert [x.item() for x in inputs[:3]] == [100 * (index + 1), index + 2, 64 * 2**index]
     assert inputs.scale.item() == pytest.approx(scale) and torch.equal(inputs.frequencies, frequencies)
     assert inputs.loss_weights.tolist() == pytest.approx(list(STAGES[index].loss_weights))
+    assert inputs.candidates == (384, 384, 128, 384)[index] and inputs.batch_tokens == (1024, 2048, 1024, 1024)[index]
     assert all(x.ndim == 0 and x.device == CPU for x in inputs[:4])
-
-
-def test_loss_weights_move_on_to_the_next_row_during_a_stage():
-    model = random_model(stages=STAGES)
-    assert model.stage_inputs(0, 0.25).loss_weights.tolist() == pytest.approx([0.95, 0.5])
-    assert model.stage_inputs(1, 0.5).loss_weights.tolist() == pytest.approx([0.7, 0.25])
-    assert model.stage_inputs(2, 1.0).loss_weights.tolist() == pytest.approx([0.4, 0.2])
-    assert model.stage_inputs(3, 0.5).loss_weights.tolist() == pytest.approx([0.4, 0.2])  # there is no next row
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_validation_predicts_the_next_token_alone(index):
     model = random_model(stages=STAGES)
-    training, inputs = model.stage_inputs(index, 0.5), model.stage_inputs(index, 0.5, validation=True)
+    training, inputs = model.stage_inputs(index), model.stage_inputs(index, validation=True)
     assert [x.item() for x in inputs[:3]] == [300, 7, 9]
-    assert inputs.loss_weights.tolist() == [1.0, 0.0]
+    assert inputs.loss_weights.tolist() == [1.0] and inputs.candidates == 384
     assert inputs.scale == training.scale and torch.equal(inputs.frequencies, training.frequencies)
 
 
@@ -442,7 +432,7 @@ def speedrun() -> gpt.Model:
 def test_num_params_of_the_speedrun(speedrun):
     table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
     matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
-    scalars = 11 * 3 + 2 + 10 * 2 + 2 + 12  # of stream, x0, attention; backout, smear and the smear's gate
+    scalars = 11 * 3 + 2 + 10 * 2 + 1  # of stream, x0, attention; backout
     bigrams = 377_280 * 768
     assert speedrun.num_params() == {  # embedding, head, 5 value tables
         "total": matrices + 7 * table + bigrams + gates + scalars,
@@ -499,15 +489,6 @@ def test_bigram_tables_that_no_pair_fits_are_refused(rows):
         gpt.Model(tiny(bigram_rows=rows), VOCAB, CPU, torch.float32)
 
 
-def test_stages_that_predict_different_numbers_of_tokens_are_refused():
-    """Otherwise the longer row's last weights would silently be dropped."""
-    stages = (stage(loss_weights=(1.0, 0.5, 0.25)), *[stage(loss_weights=(1.0,))] * 3)
-    with pytest.raises(gpt.UserError, match="weights"):
-        args = tiny(stages=stages)
-        gpt.Schedule(args, types.SimpleNamespace(size=1))
-        gpt.Model(args, VOCAB, CPU, torch.float32).stage_inputs(0)
-
-
 # Optimiser groups
 
 METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
@@ -515,8 +496,7 @@ METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
     "down": ("muon", 0.046, 0.0276, None), "head": ("adam", 0.008, 0.006, (0.5, 0.95)),
     "embedding": ("adam", 0.008, 0.006, (0.5, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
     "bigram_table": ("rows", 0.9, 0.015, (0.0, 0.95)), "bigram_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
-    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "smear_gate": ("adam", 8e-5, 0.0, (0.9, 0.99)),
-    "smear": ("adam", 0.04, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "inject": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "in_scale": ("adam", 0.04, 0.0, (0.9, 0.99)), "out_scale": ("adam", 0.04, 0.0, (0.9, 0.99)),
@@ -538,12 +518,12 @@ def test_every_parameter_learns_in_exactly_one_group_by_its_name(speedrun):
 
 def test_groups_follow_the_flags_and_are_never_empty():
     groups = random_model(layers="s", muon_lr=1.0, muon_weight_decay=2.0, scalar_lr=3.0, gate_lr=4.0, bigram_lr=5.0,
-                          smear_gate_lr=6.0, head_lr=7.0).param_groups()
+                          head_lr=7.0).param_groups()
     by_name = {name: group for group in groups for name in group.params}
     assert all(group.params for group in groups) and not any("value" in name for name in by_name)
     assert by_name["blocks.0.up"].lr == 1.0 and by_name["blocks.0.down"].lr == 2.0
     assert by_name["blocks.0.out"].weight_decay == 2.0
-    assert by_name["smear"].lr == 3.0 and by_name["smear_gate"].lr == 6.0
+    assert by_name["blocks.0.residual"].lr == 3.0
     assert by_name["embedding"].lr == by_name["head"].lr == 7.0
     assert by_name["blocks.0.bigram_gate"].lr == 4.0 and by_name["bigram_table"].lr == 5.0
 

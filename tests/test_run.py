@@ -1,6 +1,5 @@
 """Tests of whole runs on a CPU: learning, log, checkpoints, resumption, signals, errors, ranks, compilation."""
 
-import ast
 import functools
 import json
 import math
@@ -26,8 +25,8 @@ from data import tokenize_text
 SCRIPT = Path(gpt.__file__)
 STEPS = 21  # an odd number: Adam, whose turn is every second step, ends with gradients that wait
 # Four stages, so that the batch, the longest document, the windows and the loss change during a run.
-STAGES = [(256, 32, (8, 16), (1.0, 0.5)), (512, 48, (16, 32), (1.0, 0.0)), (512, 64, (16, 32), (1.0, 0.0)),
-          (512, 64, (16, 48), (1.0, 0.0))]
+STAGES = [(256, 32, (8, 16), (1.0, 0.5)), (512, 48, (16, 32), (1.0,)), (512, 64, (16, 32), (1.0,)),
+          (512, 64, (16, 48), (1.0,))]
 TINY = ["--preset", "sample", "--row-tokens", "128", "--micro-batch-tokens", "256", "--val-tokens", "2048",
         "--val-row-tokens", "512", "--val-windows", "16", "32", "--val-every", "0", "--model-dim", "32",
         "--num-heads", "2", "--layers", "sev= le -e levh", "--head-lr", "0.05", "--bigram-rows", "301",
@@ -66,13 +65,11 @@ def data(tmp_path_factory, write_folder) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_and_repeatable():
-    """One thread here as in the subprocesses, for equal sums; no sample of text, which takes longer than a run."""
+def one_thread():
+    """One thread here as in the subprocesses, for equal sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt.Run, "sample", lambda self: "")
-        yield
+    yield
     torch.set_num_threads(threads)
 
 
@@ -175,7 +172,7 @@ def tensors(state: dict) -> dict[str, torch.Tensor]:
 def assert_same_end(a: Path, b: Path):
     """Two runs ended with the same bits in their weights and optimisers, and at the same place in the data."""
     a, b = load(a), load(b)
-    assert (a["step"], a["position"], a["pieces"]) == (b["step"], b["position"], b["pieces"])
+    assert (a["step"], a["position"]) == (b["step"], b["position"])
     assert torch.equal(a["rng"], b["rng"])
     a, b = tensors(a), tensors(b)
     assert a.keys() == b.keys() and [name for name in a if not torch.equal(a[name], b[name])] == []
@@ -235,9 +232,6 @@ def test_sample_preset_trains_and_its_log_holds_everything(tmp_path):
     assert (result["seed"], result["steps"], result["tokens"], result["val_tokens"]) == (7, 3, 6144, 4096)
     assert (result["target"], result["reached"]) == (9, True)
     assert 0 < result["startup_seconds"] < result["total_seconds"] > result["train_seconds"] > 0
-
-    (sample,) = re.findall(r"^sample: (.*)$", report, re.M)
-    assert 0 < len(ast.literal_eval(sample)) <= 200
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +529,7 @@ def test_two_ranks_train_like_one(tmp_path, flags, train):
     assert list(log.train) == list(expected.train) and log.result["world_size"] == 2
     assert_close(log, expected, 1.01e-4)
     a, b = load(one), load(two)
-    assert (a["step"], a["position"], a["pieces"]) == (b["step"], b["position"], b["pieces"])
+    assert (a["step"], a["position"]) == (b["step"], b["position"])
     a, b = tensors(a), tensors(b)
     assert {name: x.shape for name, x in a.items()} == {name: x.shape for name, x in b.items()}
     for name in a:  # the gradients that wait among them
