@@ -1,4 +1,4 @@
-"""A text by the model of a checkpoint: `python -m evals.sample CHECKPOINT --prompt "The whale"`. It measures nothing."""
+"""A text by the model of a checkpoint: `python -m evals.sample CHECKPOINT --prompt "The whale"`."""
 
 import dataclasses
 from pathlib import Path

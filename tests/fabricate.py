@@ -76,8 +76,8 @@ def seal(text: str) -> str:
 
 def log_text(seed: int = 0, loss: float = 1.7, step_seconds: float = 0.5, source: str = SOURCE,
              args: dict | None = None, params: int = 2_400_000, older: bool = False, **environment) -> str:
-    """A log as a script writes it; an `older` one has a share of the GPU's peak, and a text by the model. A run's losses
-    and times follow from its seed; the last loss is near `loss`."""
+    """A log as a script writes it; an `older` one has the share of the GPU's peak, and a text by the model. A run's
+    losses and times follow from its seed; the last loss is near `loss`."""
     rng = np.random.default_rng(seed)
     stages = [{"steps": 0.25, "batch_tokens": batch} for batch in (1024, 2048, 2048, 4096)]
     args = {"seed": seed, "max_tokens": 60_000, "target": 1.8, "val_tokens": 2048, "val_row_tokens": 512,
