@@ -1,0 +1,242 @@
+"""Tests of Run.graphed: what a CUDA graph may not change, with a stand-in on a CPU and with real graphs on a GPU."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as gpt
+import train_hybrid as hybrid
+
+FLAGS = ("--preset sample --row-tokens 64 --micro-batch-tokens 128 --val-tokens 512 --val-row-tokens 256 --val-windows "
+         "16 32 --val-every 4 --model-dim 32 --num-heads 2 --head-lr 0.05 --bigram-rows 301 --tied-until 0.5").split()
+STAGES = [(256, 32, (1.0, 0.5)), (256, 48, (1.0,)), (192, 64, (1.0,)), (192, 64, (1.0,))]  # 2 or 3 micro-batches a step
+for i, (batch, longest, weights) in enumerate(STAGES):
+    FLAGS += (f"--stages.{i}.batch-tokens {batch} --stages.{i}.document-tokens {longest} --stages.{i}.windows 8 "
+              f"{16 + 8 * i} --stages.{i}.candidates 320 --stages.{i}.loss-weights").split() + [*map(str, weights)]
+STEPS, STEP_TOKENS = 10, sum(stage[0] for stage in STAGES) // 4
+HYBRID = "--kv-heads 2 --diff-heads 2 --recurrent-heads 2 --layers".split() + ["lv r d"]
+SCRIPTS = pytest.mark.parametrize("script, others", [
+    (gpt, ["--layers", "sev= le -e levh"]), (hybrid, HYBRID), (hybrid, [*HYBRID, "--recurrent", "mamba2"])],
+    ids=["gpt", "gdn", "mamba2"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_folder):
+    rng = np.random.default_rng(0)
+    stream = np.concatenate([[256, *rng.integers(0, 40, rng.integers(3, 60))] for _ in range(300)])
+    return write_folder(tmp_path_factory.mktemp("data"), [stream[:6000]], [stream[6000:8000]], name="tiny",
+                        tokenizer="bytes", vocab_size=257, document_separator=256)
+
+
+@pytest.fixture
+def new_run(data, tmp_path):
+    def make(script, others, *more):
+        return script.Run(script.parse_args([
+            *FLAGS, *others, "--data", str(data), "--out", str(tmp_path), "--max-tokens", str(STEPS * STEP_TOKENS),
+            *more]), script.World())
+    return make
+
+
+def looked_up_since(run, earlier: list[int]) -> list[torch.Tensor]:
+    """Rows and gradients that lookups left with each table, behind the first so many pairs."""
+    return [x for table, n in zip(run.tables, earlier) for pair in table.looked_up[n:] for x in pair]
+
+
+class Graph:
+    """Stands in for a CUDA graph. A replay calls the function again, and puts the outputs where the captured ones are:
+    the result, and the rows that were looked up with their gradients."""
+    run = captured = None  # the only run, and the graph that is being captured
+    captures = 0
+
+    def replay(self):
+        (function, inputs), earlier = self.call, [len(table.looked_up) for table in self.run.tables]
+        results = [function(*inputs).detach(), *looked_up_since(self.run, earlier)]
+        for table, n in zip(self.run.tables, earlier):
+            del table.looked_up[n:]
+        for place, x in zip(self.outputs, results, strict=True):
+            place.copy_(x)
+
+
+class Capture:
+    """Stands in for torch.cuda.graph. The function runs, for it makes the outputs; but a real capture computes nothing:
+    so gradients are as before, and the outputs hold garbage."""
+    def __init__(self, graph, pool, capture_error_mode):
+        assert pool == "pool" and capture_error_mode == "thread_local"
+        self.graph, self.banks = graph, Graph.run.optimizer.banks.values()
+
+    def __enter__(self):
+        self.grads = [bank.grads.clone() for bank in self.banks]
+        self.earlier, Graph.captured = [len(table.looked_up) for table in Graph.run.tables], self.graph
+
+    def __exit__(self, *_):
+        Graph.captured, Graph.captures = None, Graph.captures + 1
+        for bank, grads in zip(self.banks, self.grads):
+            bank.grads.copy_(grads)
+        self.graph.outputs = [self.graph.result, *looked_up_since(Graph.run, self.earlier)]
+        for x in self.graph.outputs:
+            x.fill_(float("nan") if x.is_floating_point() else 10**9)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes a run believe, inside of graphed() alone, that it is a compiled one on a GPU."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(Graph, "run", None)
+    monkeypatch.setattr(Graph, "captures", 0)
+
+    @functools.cache
+    def recorded(function):
+        """The function, which tells a graph under capture what it was called with."""
+        def call(*inputs):
+            result = function(*inputs)
+            if Graph.captured:
+                Graph.captured.call, Graph.captured.result = (function, inputs), result.detach()
+            return result
+        return call
+
+    def pretend(run):
+        def graphed(function, batch, stage, graphed=run.graphed):
+            run.world.gpu = run.args.compile = True
+            try:
+                return graphed(recorded(function), batch, stage)
+            finally:
+                run.world.gpu = run.args.compile = False
+        run.graphed, run.pool, Graph.run = graphed, "pool", run
+        return run
+    return pretend
+
+
+def batches(run, count: int, tokens: int = 128, documents: int = 5) -> list[tuple[torch.Tensor, ...]]:
+    """Micro-batches as the loader packs them, of other tokens each, in documents of about the same length."""
+    stream, borders = run.loader.read(0, count * tokens + 1), np.linspace(0, tokens, documents + 1).astype(int)
+    return [gpt.pack(stream[start:], list(zip(borders, np.diff(borders))), run.world.device)
+            for start in range(0, count * tokens, tokens)]
+
+
+def vary(run):
+    """Weights of which none is special, so that all have gradients."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for param in run.model.parameters():
+            param.add_(0.1 * torch.randn(param.shape, device=param.device))
+    return run
+
+
+def passes(run, function, inputs, stage) -> tuple[list, list, list]:
+    """(losses, gradients of each bank, rows looked up and their gradients) of micro-batches, from nothing."""
+    for bank in run.optimizer.banks.values():
+        bank.grads.zero_()
+    losses = [function(batch, stage).detach().clone() for batch in inputs]
+    looked_up = [x for table in run.tables for pair in table.looked_up for x in pair]
+    for table in run.tables:
+        table.looked_up.clear()
+    return losses, [bank.grads.clone() for bank in run.optimizer.banks.values()], looked_up
+
+
+def both(run, inputs, stage):
+    """passes() by plain calls, and by graphs."""
+    return (passes(run, lambda batch, stage: run.gradients(*batch, stage), inputs, stage),
+            passes(run, lambda *inputs: run.graphed(run.gradients, *inputs), inputs, stage))
+
+
+@SCRIPTS
+def test_micro_batches_by_one_graph_have_the_gradients_rows_and_losses_of_each(script, others, new_run, on_gpu):
+    """Every one of them: a static output that nobody copied would hold the last one's."""
+    run = on_gpu(vary(new_run(script, others)))
+    inputs = batches(run, 3)
+    before = [x.clone() for batch in inputs for x in batch]
+    want, got = both(run, inputs, run.stages[0])
+    assert len(run.graphs) == 1 and [len(part) for part in got] == [3, len(run.optimizer.banks), 6]
+    assert all(torch.equal(x, y) for part, reference in zip(got, want) for x, y in zip(part, reference, strict=True))
+    assert len({loss.item() for loss in got[0]}) == 3 and not torch.equal(got[2][0], got[2][2])
+    assert all(torch.equal(x, y) for x, y in zip(before, (x for batch in inputs for x in batch)))  # places are copies
+
+
+def test_a_graph_serves_the_micro_batches_of_a_stage_and_a_shape(new_run, on_gpu):
+    run = on_gpu(new_run(gpt, ["--layers", "s"]))
+    first, second = run.stages[:2]
+    cases = [  # function, batch, stage, graphs there are then
+        (run.gradients, batches(run, 1)[0], first, 1), (run.gradients, batches(run, 2)[1], first, 1),
+        (run.gradients, batches(run, 1, documents=63)[0], first, 1),  # fits into as many borders
+        (run.gradients, batches(run, 1, documents=64)[0], first, 2), (run.gradients, batches(run, 1, 64)[0], first, 3),
+        (run.gradients, batches(run, 1)[0], second, 4), (run.model, batches(run, 1)[0], first, 5),
+        (run.model, batches(run, 1)[0], run.val_stages[0], 6)]
+    for again in (False, True):
+        for function, batch, stage, count in cases:
+            assert run.graphed(function, batch, stage).item() == function(*batch, stage).item()
+            assert len(run.graphs) == Graph.captures == (6 if again else count)
+
+
+@pytest.mark.parametrize("gpu, compile", [(False, False), (False, True), (True, False)])
+def test_without_a_gpu_or_compilation_the_function_is_called(gpu, compile, new_run, monkeypatch):
+    run = new_run(gpt, ["--layers", "s"])
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    monkeypatch.setattr(run.world, "gpu", gpu)
+    monkeypatch.setattr(run.args, "compile", compile)
+    calls, given = [], batches(run, 1)[0]
+
+    def function(*inputs):
+        calls.append(inputs)
+        return torch.ones((), requires_grad=True)
+
+    result = run.graphed(function, given, run.stages[0])
+    assert result == 1 and not result.requires_grad and not run.graphs
+    assert all(x is y for x, y in zip(*calls, (*given, run.stages[0])))
+
+
+def losses(run) -> list[str]:
+    return re.findall(r"^step:\d+/\d+ \w+_loss:\S+", open(run.file.name).read(), re.M)
+
+
+@SCRIPTS
+def test_training_by_graphs_is_training_without(script, others, new_run, on_gpu):
+    """Of all stages, to the last bit; and a warm-up makes the graphs of every step, and leaves nothing else behind."""
+    plain, graphed = new_run(script, others), on_gpu(new_run(script, others))
+    graphed.model.compile = lambda: None
+    graphed.warm_up()
+    assert len(graphed.graphs) == len(STAGES) + 1  # and validation in the last stage
+    for run in (plain, graphed):
+        run.train()
+    assert losses(graphed) == losses(plain) and len(losses(plain)) == STEPS + 3
+    assert len(graphed.graphs) == len(STAGES) + 2  # at step 4 validation is in another stage
+    for (name, bank), other in zip(plain.optimizer.banks.items(), graphed.optimizer.banks.values()):
+        x, y = bank.state_dict(), other.state_dict()
+        assert [part for part in x if not torch.equal(x[part], y[part])] == [], name
+
+
+# On a GPU
+
+
+def error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-9)).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@SCRIPTS
+def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(script, others, new_run):
+    """Two stages with two micro-batches each, by the compiled model; and validation, and a graph made without warm-up,
+    for more documents. Sums by atomic additions have no order: so gradients in bf16 differ a little."""
+    torch._dynamo.reset()
+    wide = "--model-dim 256 --row-tokens 1024 --micro-batch-tokens 2048 --val-row-tokens 512 --compile".split()
+    for i in range(4):
+        wide += f"--stages.{i}.batch-tokens 4096 --stages.{i}.document-tokens 300 --stages.{i}.windows 64 128".split()
+    run = new_run(script, others, *wide, "--max-tokens", "40960")
+    run.warm_up()
+    vary(run)
+    assert len(run.graphs) == 5
+    cases = [(index, batches(run, 2, 2048, documents)) for index, documents in ((0, 10), (1, 20), (0, 100))]
+    for index, inputs in cases * 2:
+        want, got = both(run, inputs, run.stages[index])
+        assert [len(part) for part in got] == [2, len(run.optimizer.banks), 4]
+        for part, reference, tolerance in zip(got, want, (1e-3, 3e-2, 3e-2)):
+            assert all(error(x, y) < tolerance for x, y in zip(part, reference))
+        assert all(torch.equal(x, y) for x, y in zip(got[2][::2], want[2][::2]))  # rows
+    stage = run.val_stages[-1]
+    for batch in run.val_rows:
+        assert error(run.graphed(run.model, batch, stage), run.model(*batch, stage).detach()) < 1e-3
+    assert len(run.graphs) == 6
