@@ -3,9 +3,10 @@
     python tests/bench_step.py train_gpt.py [flags of the script]
 
 Builds the script's run, takes one micro-batch of its last stage, and measures the layers, the head with the loss, and
-the optimiser apart; on a GPU also what kinds of kernel they spend it on, against the time that the matrix products and
-the attention would take at 800 TFLOP/s, and the kernels that take longest. On a CPU only the parts. Over several GPUs
-(`torchrun --standalone --nproc-per-node 4 tests/bench_step.py ...`) also the communication that nothing hides.
+the optimiser apart, by CUDA graphs where the run has them; on a GPU also what kinds of kernel they spend it on, against
+the time that the matrix products and the attention would take at 800 TFLOP/s, and the kernels that take longest. On a
+CPU only the parts. Over several GPUs (`torchrun --standalone --nproc-per-node 4 tests/bench_step.py ...`) also the
+communication that nothing hides.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ KINDS = {  # of kernel, by its name; the first that matches, but what torch.comp
     "communication": r"nccl",
     "attention": r"flash|fmha|attention",
     "short convolution": r"short_convolution|causal_conv1d",
-    "recurrence": r"chunk_|recurrent|delta_rule|simple_gla|wy_repr|recompute_w_u|solve_tri|merge_16x16|l2norm|cumsum|"
+    "recurrence": r"chunk_|recurrent|delta_rule|wy_repr|recompute_w_u|solve_tri|merge_16x16|l2norm|cumsum|"
                   r"gdn_gate|beta_sigmoid|compute_dh0|_state_passing",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas",
     "the rest": "",
@@ -103,20 +104,24 @@ def main(script: str, flags: list[str], repeats: int = 5):
     if args.compile:
         run.warm_up()
     index, model, gpu = len(args.stages) - 1, run.model, run.world.gpu
-    row, stage = args.stages[index], model.stage_inputs(index)
+    row, stage = args.stages[index], run.stages[index]
     micro_batches = run.loader.next(row.batch_tokens, row.document_tokens)
     batch, count = micro_batches[0], len(micro_batches)
     tokens = len(batch[0])
     with torch.no_grad():
         hidden, position = model.hidden(batch[0], batch[2], stage)
 
+    def gradients_of_head(*inputs):
+        model.hidden = lambda *_: (hidden.detach().requires_grad_(), position)
+        loss = run.gradients(*inputs)
+        del model.hidden
+        return loss
+
     def whole():
-        (model(*batch, stage) / row.batch_tokens).backward()
+        run.graphed(run.gradients, batch, stage)
 
     def head_and_loss():
-        model.hidden = lambda *_: (hidden.detach().requires_grad_(), position)
-        whole()
-        del model.hidden
+        run.graphed(gradients_of_head, batch, stage)
 
     whole()
     looked_up = {table: table.looked_up[:] for table in model.parameters() if hasattr(table, "looked_up")}
