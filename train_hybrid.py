@@ -78,10 +78,8 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors end to end, (ranks x N, ...) of (N, ...)."""
-        if self.size == 1:
-            return tensor
-        dist.all_gather_into_tensor(whole := tensor.new_empty(self.size * len(tensor), *tensor.shape[1:]), tensor)
-        return whole
+        whole = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        return tensor if self.size == 1 else dist.all_gather_into_tensor(whole, tensor) or whole
 
     def mark(self) -> torch.cuda.Event | None:
         """On a GPU, the moment at which all work given to it so far is done."""
@@ -143,9 +141,9 @@ class Dataset:
         return tokens
 
 def cut_rows(tokens: np.ndarray, separator: int, rows: int, row_tokens: int, longest: int, tails: str):
-    """Cuts the head of `tokens` into `rows` rows of pieces (start, length), each from one document. One longer than
-    `longest`, or than the room left in its row, is cut. With tails "continue" it goes on as a new piece, with "drop"
-    the rest of it is dropped. Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
+    """Cuts the head of `tokens` into `rows` rows of pieces (start, length) of one document each. What is longer than
+    `longest`, or than its row has room, is cut, and goes on as a new piece if tails "continue", is lost if they "drop".
+    Returns (rows of pieces, tokens consumed), or None if `tokens` ends too soon."""
     starts = [*np.flatnonzero(tokens == separator).tolist(), len(tokens)]
     table, position = [], 0
     for _ in range(rows):
@@ -294,9 +292,8 @@ def row_update(weights, second, rows, grad, lr, decay, beta, count):
     second[rows], weights[rows] = mean_square, old - lr * (update + decay * old * (update * old > 0))
 
 class Bank:
-    """Parameters end to end in one buffer, of which every rank owns, updates and sends out an equal part. They become
-    views of `weights`, their gradients views of `grads`. The owner keeps its part in fp32 (`master`) with the
-    optimiser's moments (`state`): a step, one in `every`, is reduce_scatter, update, all_gather."""
+    """Parameters end to end in one buffer, `weights`, of which every rank owns, updates and sends out an equal part; it
+    keeps that in fp32 (`master`), and moments (`state`). A step: reduce_scatter of `grads`, update, all_gather."""
     def __init__(self, world: World, params: dict[str, nn.Parameter], unit: int, every: int):
         """`unit`: elements to which the place of a parameter and the part of a rank are rounded up."""
         some = next(iter(params.values()))
@@ -536,8 +533,8 @@ attention_op.register_autograd(
 
 def varlen_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
     """Causal attention in each of the packed documents, q, k (T, H, D), v (T, H, Dv) -> (T, H, Dv), whose borders, 0
-    to T, are cu_seqlens (documents + 1,) int32. max_seqlen: a bound on their length. A query sees `window` keys, its own
-    last. scale: of the scores. The last three, as 0-D CPU tensors, are no part of a compiled graph."""
+    to T, are cu_seqlens (documents + 1,) int32. max_seqlen: a bound on their length. A query sees `window` keys, its
+    own last. scale: of the scores. The last three, as 0-D CPU tensors, are no part of a compiled graph."""
     max_seqlen, window, scale = (torch.as_tensor(x) for x in (max_seqlen, window, scale))
     return attention_op(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
 
@@ -578,8 +575,7 @@ if triton:
             tl.store(logits + columns, grad * cap * (1 - cap) * (23 / 7.5), columns < VOCAB)
 
 class SoftcapLoss(torch.autograd.Function):
-    """Model.loss behind its norm. The logits are stored once, read twice, and become their own gradient: 28.6 ms for
-    forward and backward of 65,536 tokens and 50,304 rows, where the plain loss, compiled, takes 37.4 (H100)."""
+    """Model.loss behind its norm. Logits become their own gradient: 28.6 ms for 65,536 x 50,304, not 37.4 (H100)."""
     @staticmethod
     def forward(ctx, x, head, targets, weights, counts):
         logits, losses = F.linear(x, head), torch.empty(len(x), device=x.device)
@@ -786,7 +782,8 @@ def decayed_attention_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_
     kernels, (q, k, v, log_decay) = fla("ops.gated_delta_rule.chunk"), rows(q, k, v, log_decay)
     where = {"cu_seqlens": cu_seqlens, "chunk_indices": chunks, "chunk_size": CHUNK}
     total = kernels.chunk_local_cumsum(log_decay, scale=kernels.RCP_LN2, **where)  # to the base 2
-    states, _, _ = kernels.chunk_gated_delta_rule_fwd_h(k=k, w=torch.zeros_like(k), u=v, g=total, **where)
+    states, _, _ = kernels.chunk_gated_delta_rule_fwd_h(
+        k=k, w=torch.zeros_like(k), u=v, g=total, save_new_value=False, **where)
     out = kernels.chunk_fwd_o(q=q, k=k, v=v, h=states, g=total, scale=1.0, **where)
     return out[0], total[0], states[0]
 
@@ -1495,7 +1492,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # of local and of global attention, in tokens; growing ones are SkyLadder's (2503.15450)
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead: -0.008 (100M tokens, a text thrice)
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead, moving on to the next row's
     candidates: int = 0  # rows of the head in the training loss: a micro-batch's targets, and others (0: all)
 
 @dataclass
@@ -1523,8 +1520,8 @@ class Hyperparameters:
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
     document_tails: Literal["continue", "drop"] = "drop"  # of cut documents: new pieces; lost: loss -0.04 (20M)
     stages: tuple[Stage, Stage, Stage, Stage] = (
-        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.125), 16_384),
-        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.25), 16_384),
+        Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25), 16_384),
+        Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5), 16_384),
         Stage(348 / 1285, 393_216, 2048, (1024, 1536), 1.73, (1.0,), 16_384),
         Stage(90 / 1285, 393_216, 2048, (1024, 2048), 1.73, (1.0,)),
     )
@@ -1629,14 +1626,16 @@ class Schedule:
         self.tokens_before = [0, *np.cumsum(np.repeat(self.batches, np.diff(self.ends, prepend=0))).tolist()]
         self.tokens = self.tokens_before[-1]  # of the whole run, the last of those before each step
 
-    def stage(self, step: int) -> int:
-        """The stage of `step`; after the last step, the last stage."""
-        return min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
+    def stage(self, step: int) -> tuple[int, float]:
+        """(the stage of `step`, how far through it the step is); after the last step, the last stage."""
+        index = min(bisect.bisect_right(self.ends, step), bisect.bisect_left(self.ends, self.steps))
+        start, end = ([0] + self.ends)[index:index + 2]
+        return index, (step - start) / max(1, end - start)
 
     def lr(self, step: int) -> float:
         begin, end = self.args.cooldown
         cooled = min(max((step / self.steps - begin) / max(end - begin, 1e-9), 0), 1)
-        return (1 - cooled) * self.args.stages[self.stage(step)].lr + cooled * self.args.lr_floor
+        return (1 - cooled) * self.args.stages[self.stage(step)[0]].lr + cooled * self.args.lr_floor
 
     def momentum(self, step: int) -> float:
         (low, high), (rise, fall), done = self.args.muon_momentum, self.args.muon_ramps, (step + 1) / self.steps
@@ -1730,7 +1729,7 @@ class Run:
     def validate(self) -> float:
         """Mean cross-entropy of the next token over the validation set, nats. Stops the clock."""
         self.stop_clock()
-        stage = self.val_stages[self.schedule.stage(self.step)]
+        stage = self.val_stages[self.schedule.stage(self.step)[0]]
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with torch.set_grad_enabled(self.args.compile):  # compiled graphs would be made anew without gradients
             for batch in self.val_rows:
@@ -1745,7 +1744,10 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        row, stage = self.args.stages[index := self.schedule.stage(self.step)], self.stages[index]
+        (index, done), rows = self.schedule.stage(self.step), self.args.stages
+        row, stage, later = rows[index], self.stages[index], rows[min(index + 1, 3)].loss_weights
+        weights = zip(row.loss_weights, (*later, *[0.0] * len(row.loss_weights)))  # a stage may have fewer of them
+        stage.loss_weights.copy_(torch.tensor([(1 - done) * a + done * b for a, b in weights]), non_blocking=True)
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
