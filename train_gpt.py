@@ -74,8 +74,10 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors end to end, (ranks x N, ...) of (N, ...)."""
-        whole = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
-        return tensor if self.size == 1 else dist.all_gather_into_tensor(whole, tensor) or whole
+        whole = tensor if self.size == 1 else tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        if self.size > 1:
+            dist.all_gather_into_tensor(whole, tensor)
+        return whole
 
     def mark(self) -> torch.cuda.Event | None:
         """On a GPU, the moment at which all work given to it so far is done."""
@@ -603,7 +605,7 @@ class Lookup(torch.autograd.Function):
         return None if total is ctx.table.grad else total, None
 
 class FusedMLP(torch.autograd.Function):
-    """mlp() by quack, whose products do the activation too: 0.42 ms for the first, compiled 0.82 (65,536 tokens, H100)."""
+    """mlp() by quack, whose products do the activation: the first takes 0.42 ms, not 0.82 (65,536 tokens, H100)."""
     @staticmethod
     def forward(ctx, x, up, down):
         preact, hidden = gemm_act(x, up.T, activation="relu_sq", tuned=False)
@@ -939,8 +941,7 @@ PRESETS = {
     "sample": Hyperparameters(
         preset="sample", data="data/sample/shards", max_tokens=600_000, target=1.8, val_tokens=294_912,
         val_row_tokens=16_384, val_every=0, row_tokens=512, micro_batch_tokens=4096,
-        stages=tuple(Stage(0.25, 4096, 512, windows, 1.0, (1.0,)) for windows in (
-            (32, 64), (64, 128), (64, 192), (64, 256))),
+        stages=tuple(Stage(0.25, 4096, 512, w, 1.0, (1.0,)) for w in ((32, 64), (64, 128), (64, 192), (64, 256))),
         document_tails="continue", val_windows=(64, 384), layers="se sev le -e lev", model_dim=192, num_heads=3,
         bigram_rows=8192, tied_until=0.0, head_lr=0.03)}
 
@@ -949,8 +950,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
-FREE_FLAGS = {"data", "attention", "compile", "out", "checkpoint", "save_every", "resume", "micro_batch_tokens",
-              "val_every"}  # in which a run and its resumption may differ
+FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at resume
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
@@ -1051,8 +1051,8 @@ class Run:
         return loss / stage.loss_weights.sum()
 
     def graphed(self, function, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        """function(*batch, stage), 0-D, to be used at once. A CUDA graph does it on a GPU, captured when shapes or stage,
-        one of this run's, are new: Python takes 0.3 ms, not 25 to 34, for kernels that take 12 (8,192 tokens, H200)."""
+        """function(*batch, stage), 0-D, to be used at once; stage is one of this run's. On a GPU a CUDA graph does it,
+        captured for every new shape: Python takes 0.3 ms, not 25 to 34, for kernels of 12 (8,192 tokens, H200)."""
         if not (self.world.gpu and self.args.compile):
             return function(*batch, stage).detach()
         key = function, id(stage), *(x.shape for x in batch)
