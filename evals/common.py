@@ -221,8 +221,7 @@ def load(path: Path, flags: Flags) -> "LanguageModel":
             raise KeyError(*sorted(others))
         model.load_state_dict(weights, strict=False)  # raises where shapes differ
         # the stage of the checkpoint's step: a run may have been stopped in the middle
-        index = module.Schedule(args, SimpleNamespace(size=1)).stage(saved[1])
-        index = index[0] if isinstance(index, tuple) else index  # older scripts also say how far through it
+        index = module.Schedule(args, SimpleNamespace(size=1)).stage(saved[1])[0]
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: its weights or arguments do not fit its source ({reason})") from error

@@ -175,15 +175,6 @@ def test_a_run_that_was_stopped_is_evaluated_in_its_stage(checkpoint, tmp_path):
     assert stages[3].scale < stages[146].scale and stages[3].max_seqlen == 128
 
 
-def test_the_stage_of_an_older_script_is_found(checkpoint, tmp_path):
-    """Its schedule says (stage, how far through it)."""
-    state = torch.load(checkpoint, weights_only=True)
-    state["source"] += "\nSchedule.stage = lambda self, step, new=Schedule.stage: (new(self, step), 0.5)\n"
-    torch.save(state, tmp_path / "older.pt")
-    new, older = (common.load(path, flags(trust_source=True)) for path in (checkpoint, tmp_path / "older.pt"))
-    assert new.stage(128).scale == older.stage(128).scale
-
-
 def test_two_versions_of_a_script_fit_into_one_process(checkpoint, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     state["source"] += "# another version\n"

@@ -37,24 +37,26 @@ def stages(*parts, batch=1024) -> tuple[gpt.Stage, ...]:
 def test_stages_follow_each_other_and_their_tokens_add_up(preset):
     schedule, table = gpt.Schedule(args(preset), world()), args(preset).stages
     assert sum(stage.steps for stage in table) == pytest.approx(1)
-    total, last = 0, 0
+    total, last = 0, (0, -1.0)
     for step in range(schedule.steps):
         assert schedule.tokens_before[step] == total
-        assert last <= schedule.stage(step) < len(table)
+        assert last < schedule.stage(step) < (len(table), 0.0) and 0 <= schedule.stage(step)[1] < 1
         last = schedule.stage(step)
-        total += table[last].batch_tokens
+        total += table[last[0]].batch_tokens
     assert schedule.tokens == schedule.tokens_before[schedule.steps] == total
     assert abs(total - args(preset).max_tokens) <= 2 * table[-1].batch_tokens
-    assert schedule.stage(schedule.steps) == len(table) - 1  # after the last step
+    assert schedule.stage(schedule.steps) == (len(table) - 1, 1.0)  # after the last step
     for index, stage in enumerate(table):
-        count = sum(schedule.stage(step) == index for step in range(schedule.steps))
+        count = sum(schedule.stage(step)[0] == index for step in range(schedule.steps))
         assert abs(count - stage.steps * schedule.steps) <= 1
 
 
-def test_a_stage_begins_where_the_one_before_ends_and_one_without_steps_never_does():
+def test_progress_goes_evenly_through_a_stage():
     schedule = gpt.Schedule(args(row_tokens=1024, stages=stages(0.5, 0.25, 0.25, 0.0), max_tokens=1024 * 175), world())
     assert schedule.steps == 100
-    assert [schedule.stage(step) for step in (0, 49, 50, 74, 75, 99, 100)] == [0, 0, 1, 1, 2, 2, 2]
+    assert [schedule.stage(step) for step in (0, 25, 49, 50, 75)] == [
+        (0, 0.0), (0, 0.5), (0, 0.98), (1, 0.0), (2, 0.0)]
+    assert schedule.stage(100) == (2, 1.0)  # the last stage has no steps and never begins
 
 
 def test_learning_rate_is_the_stage_s_then_falls_linearly_to_the_floor():
@@ -85,7 +87,8 @@ def test_more_tokens_stretch_the_schedule_and_keep_its_shape():
     steps = {"short": short.steps, "long": long.steps}
     for part in (0.0, 0.1, 0.25, 0.45, 0.6, 0.8, 0.95, 0.992):
         a, b = (round(part * n) for n in steps.values())
-        assert short.stage(a) == long.stage(b)
+        assert short.stage(a)[0] == long.stage(b)[0]
+        assert short.stage(a)[1] == pytest.approx(long.stage(b)[1], abs=0.2 if part > 0.99 else 0.02)
         assert short.lr(a) == pytest.approx(long.lr(b), abs=0.01)
         assert short.momentum(a) == pytest.approx(long.momentum(b), abs=0.005)
 
@@ -95,7 +98,8 @@ def test_the_shortest_runs_have_a_schedule(steps):
     schedule = gpt.Schedule(args(max_tokens=BATCH * steps), world())
     assert schedule.steps == steps and schedule.tokens == BATCH * steps
     for step in range(steps + 1):
-        assert 0 <= schedule.stage(step) < 4
+        index, progress = schedule.stage(step)
+        assert 0 <= index < 4 and 0 <= progress <= 1
         assert 0 < schedule.lr(step) <= 1 and (step == steps or 0.85 <= schedule.momentum(step) <= 0.95)
 
 

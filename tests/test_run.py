@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -355,6 +356,27 @@ def test_the_table_of_bigrams_learns_by_rows_but_with_adamw_densely(optimizer, k
     for _ in range(2):  # before the first one the head is zero, and passes no gradient on
         run.train_step()
     assert table.any() and not table.any(1).all()
+
+
+def test_loss_weights_move_on_to_the_next_stage_s_during_a_stage(flags, tmp_path, monkeypatch):
+    """Also to fewer of them; those of the last stage stay. The model sees them, and every graph of a stage."""
+    run = gpt.Run(gpt.parse_args(flags(tmp_path)), gpt.World())
+    table = [replace(row, loss_weights=weights) for row, weights in
+             zip(run.args.stages, ((1.0, 0.5, 0.25), (1.0, 0.4), (1.0,), (1.0,)))]
+    run.args.stages = tuple(table)
+    run.stages = [run.model.stage_inputs(index) for index in range(4)]
+    first, seen = [stage.loss_weights for stage in run.stages], []
+    monkeypatch.setattr(run, "gradients", lambda *x: seen.append(x[-1].loss_weights.tolist()) or torch.ones(()))
+    monkeypatch.setattr(run.optimizer, "step", lambda *args, **kwargs: None)
+    for step, (index, progress) in enumerate([(0, 0.0), (0, 0.5), (0, 0.9), (1, 0.25), (2, 0.5), (3, 0.5)]):
+        monkeypatch.setattr(run.schedule, "stage", lambda _, at=(index, progress): at)
+        run.step = step
+        seen.clear()
+        run.train_step()
+        own, later = table[index].loss_weights, (*table[min(index + 1, 3)].loss_weights, 0.0, 0.0)
+        assert seen and all(x == pytest.approx([(1 - progress) * a + progress * b for a, b in zip(own, later)])
+                            for x in seen)
+    assert all(stage.loss_weights is weights for stage, weights in zip(run.stages, first))  # where graphs read them
 
 
 def test_newest_checkpoint_alone_is_kept(tmp_path, train_until):
