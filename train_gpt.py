@@ -9,9 +9,9 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
 Two layers add x0; in the last ones attention reads y, the stream after the eighth. The loss is the cross-entropy of
-23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, the embedding two thirds of the run.
-Norms have no gain, W_down is zero at first, matrices learn by NorMuon, the rest by Adam: the public speedrun's method
-(github.com/KellerJordan/modded-nanogpt, records 89 and 92). Last result: 3.209 by 100M tokens of Wikipedia, records/.
+23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, which is the embedding for two
+thirds of the run. Norms have no gain, W_down is zero at first, matrices learn by NorMuon, the rest by Adam: as in the
+public speedrun (github.com/KellerJordan/modded-nanogpt). Last: 3.209 after 100M tokens of Wikipedia, see records/.
 """
 import time
 
@@ -161,7 +161,7 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     """Lays pieces of `tokens` end to end: (tokens (T,), targets (T,), cu_seqlens (pieces + 1, padded) int32)."""
     where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
     borders = np.cumsum([0] + [length for _, length in pieces], dtype=np.int32)
-    unit = max(64, len(where) // 256)  # filled up with empty documents, so that shapes, and so graphs, are few
+    unit = 64 * max(1, len(where) // 16_384)  # filled up with empty documents: so shapes, and graphs, are few
     borders = np.pad(borders, (0, -len(borders) % unit), mode="edge")
     tensors = map(torch.from_numpy, (tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64), borders))
     if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
@@ -543,7 +543,7 @@ try:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         from quack.gemm_interface import gemm_act, gemm_dact  # it comes with flash-attn-4
 except Exception:  # torch without CUDA, or a package built for another torch or CUDA, which may raise anything
-    pass
+    gemm_act = None
 
 if triton:
     @triton.jit
@@ -628,7 +628,7 @@ def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class StageInputs(NamedTuple):
-    """What changes during a run, as tensors, so that compiled graphs serve all stages; the first four on the CPU."""
+    """A stage's numbers, as tensors, so that compiled code serves all stages; the first four on the CPU."""
     max_seqlen: Tensor
     short_window: Tensor
     long_window: Tensor
@@ -874,13 +874,13 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # short and long attention window, in tokens
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead, on their way to the next row's
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; move to the next row's during the stage
     candidates: int = 0  # rows of the head in the training loss (0: all); 16,384: -17.6% time, loss +0.006 (24M)
 
 @dataclass
 class Hyperparameters:
     """Flags. Learning rates and decays are multiplied by the schedule's factor; decays but AdamW's are cautious."""
-    preset: Literal["speedrun", "short", "sample"] = "speedrun"  # defaults: on FineWeb, of 100M tokens, for a CPU
+    preset: Literal["speedrun", "short", "sample"] = "speedrun"  # defaults: for 640M tokens, for 100M, or for a CPU
     data: str = "data/fineweb10B"  # folder of token shards
     seed: int = 0  # of the initial weights
     max_tokens: int = 640_000_000  # tokens to train on; the stages, the cooldown and the momentum stretch with it
@@ -898,7 +898,7 @@ class Hyperparameters:
 
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
-    document_tails: Literal["continue", "drop"] = "drop"  # of cut documents: new pieces; lost: loss -0.04 (20M)
+    document_tails: Literal["continue", "drop"] = "drop"  # rest of a cut document: a new piece, or lost (-0.04 at 20M)
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (128, 384), 1.0, (1.0, 0.5, 0.25), 16_384),
         Stage(424 / 1285, 262_144, 2048, (384, 896), 1.52, (1.0, 0.5), 16_384),
@@ -949,8 +949,8 @@ PRESETS = {
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
-FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at resume
+SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # logged
+FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at will
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
@@ -1006,8 +1006,8 @@ class Run:
         self.step, self.seconds, self.start = 0, 0.0, None  # start: since when the clock runs, if it does
         self.unread, self.last_report, self.saved, self.file, self.digest = None, 0.0, None, None, hashlib.sha256()
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
-        self.stages, self.val_stages = ([self.model.stage_inputs(index, validation) for index in range(4)]
-                                        for validation in (False, True))
+        self.stages = [self.model.stage_inputs(index) for index in range(4)]
+        self.val_stages = [self.model.stage_inputs(index, validation=True) for index in range(4)]
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if world.gpu else None
         self.tables = [bank.table for bank in self.optimizer.banks.values() if isinstance(bank, RowBank)]
         if world.rank == 0:
@@ -1026,19 +1026,19 @@ class Run:
                 print(text, flush=True)
 
     def warm_up(self):
-        """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
+        """Compiles all, and captures the CUDA graphs of all stages, on random tokens. Then weights are fresh again."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         self.model.compile()
-        sizes = [self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens for row in self.args.stages]
-        for function, size, stage in [*((self.gradients, *of_stage) for of_stage in zip(sizes, self.stages)),
-                                      (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
+        passes = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
+                  for row, stage in zip(self.args.stages, self.stages)]
+        for function, size, stage in [*passes, (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
             tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
-            borders = torch.linspace(0, size, max(64, size // 256), device=self.world.device).int()
+            borders = torch.linspace(0, size, 64 * max(1, size // 16_384), device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
             batch = tokens.clone(), targets.clone(), borders
-            function(*batch, stage)
-            self.graphed(function, batch, stage)
+            function(*batch, stage)  # compiles
+            self.graphed(function, batch, stage)  # captures
         self.optimizer.step(1, 0.0, 0.9)
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
@@ -1051,9 +1051,9 @@ class Run:
         return loss / stage.loss_weights.sum()
 
     def graphed(self, function, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        """function(*batch, stage), 0-D, to be used at once; stage is one of this run's. On a GPU a CUDA graph does it,
-        captured for every new shape: Python takes 0.3 ms, not 25 to 34, for kernels of 12 (8,192 tokens, H200)."""
-        if not (self.world.gpu and self.args.compile):
+        """function(*batch, stage), 0-D, overwritten by the next call; stage is one of this run's. On a GPU a CUDA graph
+        does it, captured when a shape is new, if need be on the clock: Python takes 0.3 ms, not 25 to 34 (H200)."""
+        if not (self.world.gpu and self.args.compile and self.attention != "reference"):  # whose host waits for the GPU
             return function(*batch, stage).detach()
         key = function, id(stage), *(x.shape for x in batch)
         if key not in self.graphs:
@@ -1061,7 +1061,7 @@ class Run:
             earlier = [(table.looked_up, len(table.looked_up)) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
                 result = function(*places, stage).detach()
-            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]
+            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # no work yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
         for place, x in zip(places, batch):
@@ -1089,9 +1089,9 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        (index, done), rows = self.schedule.stage(self.step), self.args.stages
-        row, stage, later = rows[index], self.stages[index], rows[min(index + 1, 3)].loss_weights
-        weights = zip(row.loss_weights, (*later, *[0.0] * len(row.loss_weights)))  # a stage may have fewer of them
+        index, done = self.schedule.stage(self.step)
+        row, stage, following = self.args.stages[index], self.stages[index], self.args.stages[min(index + 1, 3)]
+        weights = zip(row.loss_weights, (*following.loss_weights, *[0.0] * len(row.loss_weights)))  # or on to none
         stage.loss_weights.copy_(torch.tensor([(1 - done) * a + done * b for a, b in weights]), non_blocking=True)
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here

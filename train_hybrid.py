@@ -165,7 +165,7 @@ def pack(tokens: np.ndarray, pieces: list[tuple[int, int]], device: torch.device
     """Lays pieces of `tokens` end to end: (tokens (T,), targets (T,), cu_seqlens (pieces + 1, padded) int32)."""
     where = np.concatenate([np.arange(start, start + length) for start, length in pieces])
     borders = np.cumsum([0] + [length for _, length in pieces], dtype=np.int32)
-    unit = max(64, len(where) // 256)  # filled up with empty documents, so that shapes, and so graphs, are few
+    unit = 64 * max(1, len(where) // 16_384)  # filled up with empty documents: so shapes, and graphs, are few
     borders = np.pad(borders, (0, -len(borders) % unit), mode="edge")
     tensors = map(torch.from_numpy, (tokens[where].astype(np.int64), tokens[where + 1].astype(np.int64), borders))
     if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
@@ -547,7 +547,7 @@ try:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
         from quack.gemm_interface import gemm_act, gemm_dact  # it comes with flash-attn-4
 except Exception:  # torch without CUDA, or a package built for another torch or CUDA, which may raise anything
-    pass
+    gemm_act = None
 
 if triton:
     @triton.jit
@@ -1063,7 +1063,7 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cu_s
 # ----------------------------------------------------------------------------------------------------------------------
 
 class StageInputs(NamedTuple):
-    """What changes during a run, as tensors, so that compiled graphs serve all stages; the first three on the CPU."""
+    """A stage's numbers, as tensors, so that compiled code serves all stages; the first three on the CPU."""
     max_seqlen: Tensor
     local_window: Tensor
     global_window: Tensor
@@ -1086,8 +1086,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 def scaled(scalar: Tensor, x: Tensor) -> Tensor:
-    """`scalar` times x (T, D), not rounded yet: fp32. As a column (T, 1), the scalar gets a gradient by sums of rows,
-    in the same kernel as the norm's."""
+    """`scalar` times x (T, D), in fp32. A column gets its gradient in the norm's kernel: steps 0.5% shorter."""
     return scalar.expand(len(x), 1) * x
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1361,9 +1360,9 @@ class Model(nn.Module):
         return 23 * torch.sigmoid((logits + 5) / 7.5) if self.args.extras else logits
 
     def candidates(self, targets: Tensor, turn: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sampled softmax (arXiv 1412.2007). The rows of the head (count,) that a micro-batch is scored by: first its
-        targets, then others by turns. The place of every row among them, (vocabulary,), -1 for none. And (2,) how many
-        are targets, and how much each other one counts: the root of how many it stands for, between bias and noise."""
+        """Sampled softmax (arXiv 1412.2007): rows of the head (count,) that score a micro-batch, its targets and then
+        others by turns; the place of every row among them, (vocabulary,), -1 for none; and (2,) how many are targets,
+        and how much one of the others counts: the root of how many it stands for, between bias and noise."""
         every = torch.arange(self.vocab_size, device=targets.device)
         order = ((10007 * every + turn) % self.vocab_size).index_fill(0, targets.flatten(), -1)
         rows, known = order.argsort()[:count], (order < 0).sum().float()
@@ -1469,7 +1468,7 @@ class Stage:
     document_tokens: int  # longer documents are cut
     windows: tuple[int, int]  # of local and of global attention, in tokens; growing ones are SkyLadder's (2503.15450)
     lr: float  # learning-rate factor before the cooldown
-    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead, on their way to the next row's
+    loss_weights: tuple[float, ...]  # of predicting 1, 2, ... tokens ahead; move to the next row's during the stage
     candidates: int = 0  # rows of the head in the training loss: a micro-batch's targets, and others (0: all)
 
 @dataclass
@@ -1495,7 +1494,7 @@ class Hyperparameters:
 
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
-    document_tails: Literal["continue", "drop"] = "drop"  # of cut documents: new pieces; lost: loss -0.04 (20M)
+    document_tails: Literal["continue", "drop"] = "drop"  # rest of a cut document: a new piece, or lost (-0.04 at 20M)
     stages: tuple[Stage, Stage, Stage, Stage] = (
         Stage(423 / 1285, 131_072, 896, (384, 896), 1.0, (1.0, 0.5, 0.25), 16_384),
         Stage(424 / 1285, 262_144, 2048, (640, 1024), 1.52, (1.0, 0.5), 16_384),
@@ -1521,7 +1520,8 @@ class Hyperparameters:
     global_base: float = 10_000.0  # of the rotary embedding in global layers, with --no-nope
     recurrent: Literal["gdn", "mamba2", "none"] = "gdn"  # gated delta rule, Mamba-2, or attention alone
     recurrent_heads: int = 6  # recurrent heads; their keys are half as wide as their values
-    recurrent_kernel: Literal["auto", "fla", "chunked", "mamba-ssm", "reference"] = "auto"  # backend
+    recurrent_kernel: Literal["auto", "fla", "chunked", "mamba-ssm", "reference"] = "auto"
+    """backend: fla of the gated delta rule, chunked or mamba-ssm of Mamba-2, reference of both"""
     short_conv: bool = True  # convolution over four tokens before the recurrence
     output_gate: bool = True  # gate on what the recurrent heads say
     headwise_norm: bool = True  # norm of what each head says, before fusion
@@ -1580,8 +1580,8 @@ PRESETS = {
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
 
-SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # variables
-FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at resume
+SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # logged
+FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at will
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
@@ -1637,8 +1637,8 @@ class Run:
         self.step, self.seconds, self.start = 0, 0.0, None  # start: since when the clock runs, if it does
         self.unread, self.last_report, self.saved, self.file, self.digest = None, 0.0, None, None, hashlib.sha256()
         self.stop_here = self.stop = False  # this rank got a SIGTERM; all ranks know
-        self.stages, self.val_stages = ([self.model.stage_inputs(index, validation) for index in range(4)]
-                                        for validation in (False, True))
+        self.stages = [self.model.stage_inputs(index) for index in range(4)]
+        self.val_stages = [self.model.stage_inputs(index, validation=True) for index in range(4)]
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if world.gpu else None
         self.tables = [bank.table for bank in self.optimizer.banks.values() if isinstance(bank, RowBank)]
         if world.rank == 0:
@@ -1657,19 +1657,19 @@ class Run:
                 print(text, flush=True)
 
     def warm_up(self):
-        """Compiles every graph on random tokens, then begins with fresh weights: nothing learnt here stays."""
+        """Compiles all, and captures the CUDA graphs of all stages, on random tokens. Then weights are fresh again."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         self.model.compile()
-        sizes = [self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens for row in self.args.stages]
-        for function, size, stage in [*((self.gradients, *of_stage) for of_stage in zip(sizes, self.stages)),
-                                      (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
+        passes = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
+                  for row, stage in zip(self.args.stages, self.stages)]
+        for function, size, stage in [*passes, (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
             tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
-            borders = torch.linspace(0, size, max(64, size // 256), device=self.world.device).int()
+            borders = torch.linspace(0, size, 64 * max(1, size // 16_384), device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
             batch = tokens.clone(), targets.clone(), borders
-            function(*batch, stage)
-            self.graphed(function, batch, stage)
+            function(*batch, stage)  # compiles
+            self.graphed(function, batch, stage)  # captures
         self.optimizer.step(1, 0.0, 0.9)
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
@@ -1682,9 +1682,9 @@ class Run:
         return loss / stage.loss_weights.sum()
 
     def graphed(self, function, batch: tuple[Tensor, Tensor, Tensor], stage) -> Tensor:
-        """function(*batch, stage), 0-D, to be used at once; stage is one of this run's. On a GPU a CUDA graph does it,
-        captured for every new shape: Python takes 0.3 ms, not 25 to 34, for kernels of 12 (8,192 tokens, H200)."""
-        if not (self.world.gpu and self.args.compile):
+        """function(*batch, stage), 0-D, overwritten by the next call; stage is one of this run's. On a GPU a CUDA graph
+        does it, captured when a shape is new, if need be on the clock: Python takes 0.3 ms, not 25 to 34 (H200)."""
+        if not (self.world.gpu and self.args.compile and self.attention != "reference"):  # whose host waits for the GPU
             return function(*batch, stage).detach()
         key = function, id(stage), *(x.shape for x in batch)
         if key not in self.graphs:
@@ -1692,7 +1692,7 @@ class Run:
             earlier = [(table.looked_up, len(table.looked_up)) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
                 result = function(*places, stage).detach()
-            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]
+            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # no work yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
         for place, x in zip(places, batch):
@@ -1720,9 +1720,9 @@ class Run:
         if self.start is None:
             self.world.barrier()
             self.began, self.start = self.world.mark(), time.perf_counter()
-        (index, done), rows = self.schedule.stage(self.step), self.args.stages
-        row, stage, later = rows[index], self.stages[index], rows[min(index + 1, 3)].loss_weights
-        weights = zip(row.loss_weights, (*later, *[0.0] * len(row.loss_weights)))  # a stage may have fewer of them
+        index, done = self.schedule.stage(self.step)
+        row, stage, following = self.args.stages[index], self.stages[index], self.args.stages[min(index + 1, 3)]
+        weights = zip(row.loss_weights, (*following.loss_weights, *[0.0] * len(row.loss_weights)))  # or on to none
         stage.loss_weights.copy_(torch.tensor([(1 - done) * a + done * b for a, b in weights]), non_blocking=True)
         report = torch.zeros(2, device=self.world.device)
         report[1] = self.stop_here

@@ -28,8 +28,8 @@ class Args(Flags):
 
 def sample(lm: LanguageModel, args: Args) -> str:
     """Prompt and text. There is no cache, for it is short."""
-    (prompt,), text = lm.encode_prompts([args.prompt]), ""
-    tokens, generator = prompt, torch.Generator(lm.device).manual_seed(args.seed)
+    (prompt,) = lm.encode_prompts([args.prompt])
+    text, tokens, generator = "", prompt, torch.Generator(lm.device).manual_seed(args.seed)
     while len(text) < args.length and len(tokens) < len(prompt) + args.length:
         (logits,) = next(lm.logits([tokens], [np.array([len(tokens) - 1])]))
         probs = (logits[:lm.vocab_size] / args.temperature).softmax(0)

@@ -4,9 +4,9 @@
 
 Builds the script's run, takes one micro-batch of its last stage, and measures the layers, the head with the loss, and
 the optimiser apart, by CUDA graphs where the run has them; on a GPU also what kinds of kernel they spend it on, against
-the time that the matrix products and the attention would take at 800 TFLOP/s, and the kernels that take longest. On a
-CPU only the parts. Over several GPUs (`torchrun --standalone --nproc-per-node 4 tests/bench_step.py ...`) also the
-communication that nothing hides.
+the time that the matrix products and the attention would take at 800 TFLOP/s, and the kernels that take longest. What
+torch.compile makes of a recurrence counts as matrix products and the rest. On a CPU only the parts. Over several GPUs
+(`torchrun --standalone --nproc-per-node 4 tests/bench_step.py ...`) also the communication that nothing hides.
 """
 
 import importlib.util

@@ -432,7 +432,7 @@ def test_a_sample_is_drawn_from_what_the_model_says_after_the_prompt(lm, prompt)
     drawn = [sample_program.sample(lm, sample_program.Args((), prompt=prompt, length=12, temperature=t, seed=seed))
              for t, seed in ((0.8, 3), (0.8, 3), (0.8, 4), (5.0, 3))]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
-    assert all(text.startswith(prompt) and len(text) <= len(prompt) + 12 for text in drawn)
+    assert all(text.startswith(prompt) and 0 < len(text) - len(prompt) <= 12 for text in drawn)
     assert all(naive_sample(lm, prompt, 12, t, seed).startswith(text)
                for text, t, seed in zip(drawn[1:], (0.8, 0.8, 5.0), (3, 4, 3)))
 

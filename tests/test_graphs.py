@@ -105,7 +105,7 @@ def on_gpu(monkeypatch):
                 return graphed(recorded(function), batch, stage)
             finally:
                 run.world.gpu = run.args.compile = False
-        run.graphed, run.pool, Graph.run = graphed, "pool", run
+        run.graphed, run.pool, run.attention, Graph.run = graphed, "pool", "flash-attn-4", run
         return run
     return pretend
 
@@ -192,15 +192,34 @@ def losses(run) -> list[str]:
     return re.findall(r"^step:\d+/\d+ \w+_loss:\S+", open(run.file.name).read(), re.M)
 
 
+def addresses(run) -> list[int]:
+    """Where a graph finds parameters, gradients and the stages' loss weights."""
+    banks = (bank for bank in run.optimizer.banks.values() if not isinstance(bank, (gpt.RowBank, hybrid.RowBank)))
+    return [x.data_ptr() for x in (*run.model.parameters(), *(bank.grads for bank in banks),
+                                   *(param.grad for param in run.model.parameters() if param.grad is not None),
+                                   *(stage.loss_weights for stage in run.stages + run.val_stages))]
+
+
+def test_attention_that_makes_the_host_wait_is_in_no_graph(new_run, on_gpu):
+    run = on_gpu(new_run(gpt, SCRIPTS.args[1][0][1]))
+    run.attention = "reference"
+    assert run.graphed(run.gradients, batches(run, 1)[0], run.stages[0]).isfinite() and not run.graphs
+
+
 @SCRIPTS
 def test_training_by_graphs_is_training_without(script, others, new_run, on_gpu):
     """Of all stages, to the last bit; and a warm-up makes the graphs of every step, and leaves nothing else behind."""
     plain, graphed = new_run(script, others), on_gpu(new_run(script, others))
     graphed.model.compile = lambda: None
+    captured = addresses(graphed)
     graphed.warm_up()
     assert len(graphed.graphs) == len(STAGES) + 1  # and validation in the last stage
     for run in (plain, graphed):
         run.train()
+    graphed.model.load_state_dict(plain.model.state_dict())
+    for bank, other in zip(graphed.optimizer.banks.values(), plain.optimizer.banks.values()):
+        bank.load_state_dict(other.state_dict())
+    assert addresses(graphed) == captured  # where a graph reads and writes, whatever happens to the run
     assert losses(graphed) == losses(plain) and len(losses(plain)) == STEPS + 3
     assert len(graphed.graphs) == len(STAGES) + 2  # at step 4 validation is in another stage
     for (name, bank), other in zip(plain.optimizer.banks.items(), graphed.optimizer.banks.values()):

@@ -159,9 +159,9 @@ def test_continue_uses_every_token_once_and_in_order(shards, row_tokens, longest
 
 @pytest.mark.parametrize("tokens, documents, borders", [
     (16384, 1, 64), (16384, 63, 64), (16384, 64, 128), (16384, 128, 192), (65536, 1, 256), (65536, 255, 256),
-    (65536, 256, 512), (40_000, 5, 156), (100, 5, 64)])
+    (65536, 256, 512), (40_000, 5, 128), (100, 5, 64)])
 def test_borders_are_filled_up_so_that_a_size_of_batch_has_few_shapes(tokens, documents, borders):
-    """To one for each 256 tokens, or 64, or a multiple of that; with empty documents at the end."""
+    """To 64 for each whole 16,384 tokens, or 64, or a multiple of that; with empty documents at the end."""
     pieces = [(i, 1) for i in range(documents - 1)] + [(documents - 1, tokens - documents + 1)]
     packed, _, cu_seqlens = gpt.pack(np.arange(tokens + 1, dtype=np.uint16), pieces, torch.device("cpu"))
     assert len(packed) == tokens and len(cu_seqlens) == borders
