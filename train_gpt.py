@@ -950,7 +950,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # logged
-FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # at will
+FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # to resume
 
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
