@@ -14,6 +14,7 @@ One block, the l-th, for T packed tokens of model_dim D with H heads of D/H (cu_
 Dragon (github.com/jgcb00/nanoGPT) is the above, and --preset dragon is its recipe. The speedrun adds what train_gpt.py
 has: value embeddings, x0 and hashed bigrams into every layer, scalars on the residual stream, a head tied to the
 embedding for two thirds of the run, capped logits, prediction of several tokens, NorMuon. Each ingredient is a flag.
+Last: 3.284 after 100M tokens of Wikipedia, see records/.
 """
 import time
 
