@@ -1693,7 +1693,7 @@ class Run:
             earlier = [(table.looked_up, len(table.looked_up)) for table in self.tables]
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), self.pool, capture_error_mode="thread_local"):
                 result = function(*places, stage).detach()
-            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # no work yet
+            looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # empty yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
         for place, x in zip(places, batch):
