@@ -8,10 +8,10 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-Two layers add x0; in the last ones attention reads y, the stream after the eighth. The loss is the cross-entropy of
-23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, which is the embedding for two
-thirds of the run. Norms have no gain, W_down is zero at first, matrices learn by NorMuon, the rest by Adam: as in the
-public speedrun (github.com/KellerJordan/modded-nanogpt). Last: 3.209 after 100M tokens of Wikipedia, see records/.
+Two layers add x0, in three attention loses some of v, and in the last it reads y, the stream after the eighth. The loss
+is the cross-entropy of 23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, two thirds
+of it the embedding too. Matrices learn by NorMuon, the rest by Adam: as in the public speedrun (KellerJordan/
+modded-nanogpt, on GitHub), with fewer lines. Last: 3.206 after 100M tokens of Wikipedia, see records/.
 """
 import time
 
@@ -104,7 +104,7 @@ def atomic_save(state: dict, path: Path):
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
     header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
-    if header[:3] != [20240520, 1, held]:
+    if header[:3] != [20240520, 1, held] or not held:
         raise UserError(f"{path} holds {held:g} tokens and begins with {header[:3]}, not with 20240520, version 1 and "
                         "the number of tokens: download it or make it again")
     return header[2]
@@ -175,8 +175,6 @@ class TrainLoader:
         self.dataset, self.world, self.position = dataset, world, 0
         self.row_tokens, self.micro_batch_tokens, self.tails = row_tokens, micro_batch_tokens, tails
         *self.starts, self.epoch_tokens = np.cumsum([0] + [dataset.tokens[path] for path in dataset.train]).tolist()
-        if not self.epoch_tokens:
-            raise UserError(f"the training shards in {dataset.folder} hold no tokens: make or download them again")
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Tokens [position, position + count) of the stream, uint16."""
@@ -200,8 +198,7 @@ class TrainLoader:
             tokens = self.read(self.position, span)
             cut = cut_rows(tokens, separator, rows, self.row_tokens, longest, self.tails)
             if cut is None and span > self.epoch_tokens and separator not in tokens:
-                raise UserError(f"no document begins with {separator}, as --document-tails drop needs: leave it "
-                                "at continue, or correct document_separator in dataset.json")
+                raise UserError(f"no document begins with {separator}: mend dataset.json, or --document-tails continue")
             span = span * 3 // 2
         table, consumed = cut
         self.position += consumed
@@ -274,19 +271,17 @@ def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, ca
     update = first / (1 - beta1**count) / ((second / (1 - beta2**count)).sqrt() + 1e-10)
     weights.sub_(lr * (update + decay * weights * (update * weights > 0 if cautious else 1.0)))
 
-def sum_by_row(rows: Tensor, grads: Tensor, none: int) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients (N, D) of equal rows (N,), in fp32: (each row once, then `none`, (N,); sums (N, D)). By
-    sorting: so every rank gets the same bits, and the GPU need not wait to hear how many rows there are."""
-    rows, order = rows.sort(stable=True)
-    place = (rows.diff(prepend=rows[:1]) != 0).cumsum(0)  # of a row among the different ones
-    begins = torch.searchsorted(place, torch.arange(len(rows) + 1, device=rows.device))
-    sums = torch.segment_reduce(grads[order].float(), "sum", offsets=begins, axis=0, unsafe=True, initial=0)
-    return F.pad(rows, (0, 1), value=none)[begins[:-1]], sums
-
-def row_update(weights, second, rows, grad, lr, decay, beta, count):
-    """adam_update without momentum, of rows (N,): weights and second (V, D), grad (N, D), the rest 0-D. In place."""
+def row_update(weights, second, rows, grads, lr, decay, beta, correction):
+    """adam_update without momentum of rows (N,) of weights and second (V, D), fp32, by gradients (N, D), those of equal
+    rows added up; correction: 1 - beta^count. In place. By sorting, so that every rank gets the same bits."""
+    if triton and weights.is_cuda:  # 196,608 tokens: the kernel takes 1.0 ms, PyTorch 4.2 (H200)
+        (rows, order), cols = rows.sort(stable=True), weights.size(1)
+        return row_kernel[len(rows), triton.cdiv(cols, 256)](  # with 4 warps 3.6 ms
+            weights, second, rows, order, grads, len(rows), lr, decay, beta, correction, cols, BLOCK=256, num_warps=1)
+    rows, place = rows.unique(return_inverse=True)
+    grad = weights.new_zeros(len(rows), weights.size(1)).index_add_(0, place, grads.float())
     old, mean_square = weights[rows], second[rows].lerp(grad.square(), 1 - beta)
-    update = grad / ((mean_square / (1 - beta**count)).sqrt() + 1e-10)
+    update = grad / ((mean_square / correction).sqrt() + 1e-10)
     second[rows], weights[rows] = mean_square, old - lr * (update + decay * old * (update * old > 0))
 
 class Bank:
@@ -384,22 +379,16 @@ class RowBank(Bank):
     each other the gradients of their tokens' rows, not the table. Loss -0.006 (24M tokens, emulated)."""
     def __init__(self, world: World, groups: dict[str, ParamGroup], params: dict[str, nn.Parameter], compile: bool):
         (name, self.table), = params.items()
-        rows, cols = self.table.shape
-        alone = SimpleNamespace(rank=0, size=1, sum=lambda tensor: tensor)  # all ranks do the same
-        super().__init__(alone, params, unit=(rows + 1) * cols, every=1)  # the last one for places that hold no row
+        super().__init__(SimpleNamespace(rank=0, size=1, sum=lambda x: x), params, unit=1, every=1)  # as if alone
         self.ranks, self.group, self.state = world, groups[name], {"second": torch.zeros_like(self.master)}
         self.table.looked_up, self.table.grad, self.grads, self.grad = [], None, *self.weights.new_empty(2, 0)
-        self.function = torch.compile(row_update, dynamic=True, fullgraph=True) if compile else row_update
-
-    def reduce(self):
-        self.rows, self.grad = (self.ranks.gather(torch.cat(parts)) for parts in zip(*self.table.looked_up))
-        self.table.looked_up.clear()
 
     def update(self, count: int, lr: float, momentum: float):
-        rows, cols = self.table.shape
-        numbers = self.group.lr * lr, self.group.weight_decay * lr, self.group.betas[1], float(count)
-        self.function(self.master.view(-1, cols), self.state["second"].view(-1, cols),
-                      *sum_by_row(self.rows, self.grad, rows), *map(torch.tensor, numbers))
+        tables = (x.view(self.table.shape) for x in (self.master, self.state["second"]))
+        looked_up = (self.ranks.gather(torch.cat(parts)) for parts in zip(*self.table.looked_up))  # rows, gradients
+        row_update(*tables, *looked_up, self.group.lr * lr, self.group.weight_decay * lr, beta := self.group.betas[1],
+                   1 - beta**count)
+        self.table.looked_up.clear()
 
 class Optimizer:
     """NorMuon for stacks of matrices, Adam for the rest, in banks sharded over the ranks."""
@@ -572,6 +561,23 @@ if triton:
                 grad -= tl.where(columns == tl.load(targets + k), tl.load(weights + k), 0.0)
             tl.store(logits + columns, grad * cap * (1 - cap) * (23 / 7.5), columns < VOCAB)
 
+    @triton.jit
+    def row_kernel(weights, second, rows, order, grads, tokens, lr, decay, beta, correction, COLS, BLOCK: tl.constexpr):
+        """row_update, in BLOCK columns, of a row that begins at a place of sorted rows; order: whose gradient it is"""
+        begin, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(rows + begin)
+        if tl.load(rows + begin - 1, begin > 0, -1) != row:
+            grad, inside, at = tl.zeros((BLOCK,), tl.float32), columns < COLS, row * COLS + columns
+            while tl.load(rows + begin, begin < tokens, -1) == row:  # 16 at a time: some rows stand there 2,000 times
+                places, begin = begin + tl.arange(0, 16), begin + 16
+                same = tl.load(rows + places, places < tokens, -1) == row
+                source = grads + tl.load(order + places, same, 0)[:, None] * COLS + columns[None, :]
+                grad += tl.sum(tl.load(source, same[:, None] & inside[None, :], 0.0).to(tl.float32), 0)
+            old, square = tl.load(weights + at, inside), beta * tl.load(second + at, inside) + (1 - beta) * grad * grad
+            update = grad / (tl.sqrt(square / correction) + 1e-10)
+            tl.store(second + at, square, inside)
+            tl.store(weights + at, old - lr * (update + decay * tl.where(update * old > 0, old, 0.0)), inside)
+
 class SoftcapLoss(torch.autograd.Function):
     """Model.loss behind its norm. Logits become their own gradient: 28.6 ms for 65,536 x 50,304, not 37.4 (H100)."""
     @staticmethod
@@ -666,12 +672,12 @@ class Block(nn.Module):
     def __init__(self, word: str, args: "Hyperparameters", vocab_size: int, dtype: torch.dtype, ends: bool):
         super().__init__()
         self.args, self.ends, dim = args, ends, args.model_dim  # the layer that ends all takes off what is held
-        self.attends, self.long, self.valued, self.late = "-" not in word, "l" in word, "v" in word, "h" in word
-        self.injects, self.paired, self.offset, self.holds = "e" in word, "p" in word, "o" in word, "=" in word
-        scalars = {"residual": True, "mlp_residual": True, "inject": self.injects, "bigram_gate": args.bigram_rows,
-                   "in_scale": self.attends, "out_scale": self.attends, "backout": ends}
-        for name in (name for name, used in scalars.items() if used):
-            self.register_parameter(name, nn.Parameter(torch.empty(())))
+        self.attends, self.long, self.injects, self.valued, self.late = "-" not in word, *(c in word for c in "levh")
+        self.paired, self.offset, self.exclusive, self.holds = (c in word for c in "pox=")
+        small = {"residual": True, "mlp_residual": True, "inject": self.injects, "bigram_gate": args.bigram_rows,
+                 "in_scale": self.attends, "out_scale": self.attends, "own_gate": self.exclusive, "backout": ends}
+        for name in (name for name, used in small.items() if used):
+            self.register_parameter(name, nn.Parameter(torch.empty(args.num_heads if name == "own_gate" else ())))
         self.up, self.down = (nn.Parameter(torch.empty(4 * dim, dim, dtype=dtype)) for _ in range(2))
         if self.attends:
             self.qkv, self.out = (nn.Parameter(torch.empty(*n, dim, dim, dtype=dtype)) for n in ((3,), ()))
@@ -693,7 +699,10 @@ class Block(nn.Module):
             q, k, v = (y.reshape(2 * len(x), -1, y.size(-1)) for y in (q, k, v))
             cu_seqlens = 2 * cu_seqlens
         y = varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, window, scale)
-        return F.linear(y.reshape(len(x), -1), out)
+        if self.exclusive:  # what a head says of the token itself the stream knows: it loses a part of that
+            y, v = (z.reshape(len(x), self.args.num_heads, -1).float() for z in (y, v))
+            y = y - self.own_gate.tanh()[:, None] * (y * v).sum(-1, True) / v.square().sum(-1, True).clamp_min(1e-8) * v
+        return F.linear(y.reshape(len(x), -1).to(x.dtype), out)
 
     def forward(self, x, x0, bigram, held, *inputs) -> Tensor:
         """x, x0 and, where they are used, bigram, held (T, D); inputs: the others of `attention`. -> (T, D)"""
@@ -713,14 +722,12 @@ class Model(nn.Module):
     def __init__(self, args: "Hyperparameters", vocab_size: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
         words, dim = args.layers.split(), args.model_dim
-        if not words or not all(re.fullmatch("([sl]e?v?h?p?o?|-e?)=?", word) for word in words) or (
+        if not words or not all(re.fullmatch("([sl]e?v?h?p?o?x?|-e?)=?", word) for word in words) or (
                 not re.fullmatch("(=h*)?", re.sub("[^=h]", "", args.layers)) or "=" in words[-1]):
-            raise UserError(f'--layers "{args.layers}" must be words s, l or -, then e, then for s or l v, h, p, o in '
-                            "this order, one before the last with =, later ones with h")
-        if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads):
-            raise UserError(f"--model-dim {dim} must be 16 or more, and --num-heads {args.num_heads} times 8n")
-        if "p" in args.layers and args.num_heads % 2:
-            raise UserError(f"--num-heads {args.num_heads} must be even for the p in --layers, pairs of heads")
+            raise UserError(f'--layers "{args.layers}" must be words s, l or -, then e, then for s or l v, h, p, o, x '
+                            "in this order, one before the last with =, later ones with h")
+        if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads) or ("p" in args.layers and args.num_heads % 2):
+            raise UserError(f"--model-dim {dim} must be over 15, 8n x --num-heads {args.num_heads}, which p needs even")
         if args.bigram_rows < 0 or args.bigram_rows == 1:
             raise UserError(f"--bigram-rows {args.bigram_rows} must be 2 or more, or 0 for none")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
@@ -751,11 +758,6 @@ class Model(nn.Module):
                     "out_scale": 1.0, "backout": -0.5}.get(name.split(".")[-1], 0.0))
         if self.args.tied_until:
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
-
-    def compile(self):
-        """Block by block: those of one kind share a graph. It starts in 73.5 s, as one graph in 96.8 (H100)."""
-        for block in self.blocks:
-            block.compile(dynamic=False, fullgraph=True)
 
     def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
         """(T, D) for tokens with the one before in their document. Pairs share rows of a table by a hash, and are told
@@ -906,12 +908,13 @@ class Hyperparameters:
         Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0,)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
 
-    layers: str = "sep svp svp lo s sep - s= svh svh lvho"
-    """a word per layer: s or l attends with the short or long window, - does not attend, e adds the token's embedding
-    (in two layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream
-    after the layer and takes a learned part of it, half at first, off at the end (backout: -0.017 at 16M), h has
-    attention read the held one (late input: -0.023), p makes of two heads one that sees both their keys in half the
-    window (paired heads), o puts the half of a key that knows no position one token on (key offset; with p -0.209)"""
+    layers: str = "sep svp svp lox sx sep - sx= svh svh lvho"
+    """a word per layer: s or l attends with the short or long window, - does not, e adds the token's embedding (in two
+    layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream after
+    the layer and takes a learned part of it, half at first, off at the end (backout: -0.017 at 16M), h has attention
+    read the held one (late input: -0.023), p makes of two heads one that sees both their keys in half the window, o
+    puts the half of a key that knows no position one token on (key offset; with p -0.209), x takes a learned part of
+    the token's own value off what a head says (exclusive attention: -0.004 at 100M)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
@@ -959,8 +962,6 @@ class Schedule:
         parts = np.array([stage.steps for stage in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
-        if args.micro_batch_tokens < 1:
-            raise UserError("--micro-batch-tokens must be 1 at the least")
         if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
             raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
                             f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
@@ -1029,7 +1030,8 @@ class Run:
         """Compiles all, and captures the CUDA graphs of all stages, on random tokens. Then weights are fresh again."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
-        self.model.compile()
+        for block in self.model.blocks:  # apart, so that those of one kind share a graph: 73.5 s, not 96.8 (H100)
+            block.compile(dynamic=False, fullgraph=True)
         passes = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
                   for row, stage in zip(self.args.stages, self.stages)]
         for function, size, stage in [*passes, (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
@@ -1080,7 +1082,8 @@ class Run:
             for batch in self.val_rows:
                 total += self.graphed(self.model, batch, stage)
         loss = self.world.sum(total).item() / self.args.val_tokens
-        self.check_finite("validation", loss, self.step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the validation loss is {loss}. Try lower rates, as --muon-lr")
         self.log(f"step:{self.step}/{self.schedule.steps} val_loss:{loss:.4f} train_time:{self.seconds:.3f}s")
         return loss
 
@@ -1094,9 +1097,9 @@ class Run:
         weights = zip(row.loss_weights, (*following.loss_weights, *[0.0] * len(row.loss_weights)))  # or on to none
         stage.loss_weights.copy_(torch.tensor([(1 - done) * a + done * b for a, b in weights]), non_blocking=True)
         report = torch.zeros(2, device=self.world.device)
-        report[1] = self.stop_here
+        report[1].fill_(self.stop_here)  # report[1] = ... would wait for the GPU, and the GPU then for the data
         for batch in self.loader.next(row.batch_tokens, row.document_tokens):
-            report[0] += self.graphed(self.gradients, batch, stage)
+            report[0].add_(self.graphed(self.gradients, batch, stage))
         self.optimizer.step(self.step, self.schedule.lr(self.step), self.schedule.momentum(self.step),
                             tied=self.step < self.args.tied_until * self.schedule.steps)
         self.step += 1
@@ -1115,18 +1118,15 @@ class Run:
         if arrived:
             arrived.synchronize()  # not the whole stream, where the next step is already under way
         loss, stop = report.tolist()
-        self.check_finite("training", loss, step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the training loss is {loss}. Try lower rates, as --muon-lr. "
+                                     f"Last checkpoint: {self.saved or self.args.resume}")
         self.stop |= stop > 0
         now = self.seconds + (self.began.elapsed_time(arrived) / 1000 if arrived else time.perf_counter() - self.start)
         done, seconds, self.last_report = self.schedule.tokens_before[step], now - self.last_report, now
         self.log(f"step:{step}/{self.schedule.steps} train_loss:{loss:.4f} train_time:{now:.3f}s step_time:"
                  f"{1000 * seconds:.1f}ms tokens:{done} tokens/s:{batch_tokens / seconds:.0f} "
                  f"ends_in:{(self.schedule.tokens / done - 1) * now:.0f}s")
-
-    def check_finite(self, kind: str, loss: float, step: int):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the {kind} loss is {loss}. Try lower learning rates, as --muon-lr. "
-                                     f"Last checkpoint: {self.saved or self.args.resume}")
 
     def stop_clock(self):
         if self.start is not None:

@@ -227,11 +227,58 @@ def test_training_by_graphs_is_training_without(script, others, new_run, on_gpu)
         assert [part for part in x if not torch.equal(x[part], y[part])] == [], name
 
 
+class Calls(torch.overrides.TorchFunctionMode):
+    """Notes the names of what is called."""
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+WAITING = {"__setitem__", "item", "tolist", "__bool__", "__int__", "__float__", "cpu", "nonzero", "masked_select"}
+
+
+def test_a_step_hands_work_to_the_gpu_without_waiting_for_it(new_run, monkeypatch):
+    """Else the GPU would wait for the next batch. A number put into an element, x[0] = 1, waits as item() does."""
+    run, batches = new_run(*SCRIPTS.args[1][0]), []
+    monkeypatch.setattr(run, "graphed", lambda function, batch, stage: batches.append(batch) or torch.ones(()))
+    monkeypatch.setattr(run.optimizer, "step", lambda *_, **__: None)
+    monkeypatch.setattr(run, "read_report", lambda: None)  # waits for the step before
+    with Calls() as calls:
+        run.train_step()
+    assert len(batches) == 2 and run.unread[2].tolist() == [2.0, 0.0]
+    assert "fill_" in calls.names and not calls.names & WAITING
+
+
 # On a GPU
 
 
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:
     return ((x.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-9)).item()
+
+
+WIDE = "--model-dim 256 --row-tokens 1024 --micro-batch-tokens 2048 --val-row-tokens 512 --compile".split()
+for i in range(4):
+    WIDE += f"--stages.{i}.batch-tokens 4096 --stages.{i}.document-tokens 300 --stages.{i}.windows 64 128".split()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@SCRIPTS
+def test_real_steps_never_wait_for_the_gpu(script, others, new_run):
+    torch._dynamo.reset()
+    run = new_run(script, others, *WIDE, "--max-tokens", "40960")
+    run.warm_up()
+    run.train_step()  # starts the clock, with nothing under way
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(4):
+            run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -241,10 +288,7 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
     """Two stages with two micro-batches each, by the compiled model; and validation, and a graph made without warm-up,
     for more documents. Sums by atomic additions have no order: so gradients in bf16 differ a little."""
     torch._dynamo.reset()
-    wide = "--model-dim 256 --row-tokens 1024 --micro-batch-tokens 2048 --val-row-tokens 512 --compile".split()
-    for i in range(4):
-        wide += f"--stages.{i}.batch-tokens 4096 --stages.{i}.document-tokens 300 --stages.{i}.windows 64 128".split()
-    run = new_run(script, others, *wide, "--max-tokens", "40960")
+    run = new_run(script, others, *WIDE, "--max-tokens", "40960")
     run.warm_up()
     vary(run)
     assert len(run.graphs) == 5

@@ -18,7 +18,7 @@ import train_gpt as gpt
 CPU = torch.device("cpu")
 VOCAB = 257
 SHORT, LONG = 3, 5  # attention windows of most tests
-LAYERS = "se svp= lepo -e levho"
+LAYERS = "se svpx= lepo -e levhox"
 REACH = SHORT - 1 + SHORT // 2 + LONG  # how far back LAYERS see: the last reads the second's
 
 
@@ -47,6 +47,12 @@ def random_model(seed=0, **changes) -> gpt.Model:
             param.copy_(std * torch.randn(param.shape) + (1 if param.ndim == 0 else 0))
         model.embedding.normal_()
     return model
+
+
+def compile_blocks(model):
+    """As Run.warm_up does."""
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True)
 
 
 def borders(*lengths) -> Tensor:
@@ -103,6 +109,10 @@ def naive_attention(block, word, x, tokens, heads, scale, frequencies) -> Tensor
         outputs.append(scores.masked_fill((ago < 0) | (ago >= window), -torch.inf).softmax(1) @ v)
     if "p" in word:
         outputs = [y[half::2] for half in range(2) for y in outputs]
+    if "x" in word:  # without a part of its projection on the head's own value
+        values = [v[half::2] for half in range(2) for _, _, v in qkv] if "p" in word else [v for _, _, v in qkv]
+        outputs = [y - gate.tanh() * (y * v).sum(1, keepdim=True) / v.norm(dim=1, keepdim=True) ** 2 * v
+                   for y, v, gate in zip(outputs, values, block.own_gate)]
     return torch.cat(outputs, 1) @ (block.out_scale * block.out).T
 
 
@@ -131,7 +141,7 @@ def naive_hidden(model, tokens) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("layers", ["s", "l", "sv", "lv", "-", "s s", "s -", "s l s", "-  lv sv", "s= s", "-= lh",
                                     "s l= svh lvh", "sp", "lvp s= lhp", "lo", "svpo", "se", "-e le",
-                                    "sevpo= lehp", LAYERS])
+                                    "sevpo= lehp", "sx", "lvpx s", LAYERS])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_each_kind_of_layer_equals_a_naive_model(layers, heads):
     model, tokens = random_model(layers=layers, num_heads=heads), random_tokens(40)
@@ -145,14 +155,15 @@ def test_layers_that_add_the_embedding():
 
 
 def test_parameters_are_where_the_words_say():
-    model = random_model(layers="s sev - le lv se")
+    model = random_model(layers="s sev - le lvx se")
     assert not any(hasattr(block, "backout") for block in model.blocks)
     assert [hasattr(block, "backout") for block in random_model(layers="s= s s").blocks] == [False, False, True]
     has = {name: [hasattr(block, name) for block in model.blocks]
-           for name in ("qkv", "out", "in_scale", "out_scale", "value_table", "inject")}
+           for name in ("qkv", "out", "in_scale", "out_scale", "value_table", "inject", "own_gate")}
     assert has["qkv"] == has["out"] == has["in_scale"] == has["out_scale"] == [True, True, False, True, True, True]
     assert has["value_table"] == [False, True, False, False, True, False]
     assert has["inject"] == [False, True, False, True, False, True]
+    assert has["own_gate"] == [False, False, False, False, True, False]
 
 
 # What a hidden state depends on
@@ -286,6 +297,7 @@ def test_first_values_of_what_is_learned_besides_matrices():
     assert model.blocks[-1].backout.item() == -0.5 and not model.bigram_table.any()
     for block in model.blocks:
         assert block.bigram_gate.item() == pytest.approx(0.05) and not block.down.any()
+        assert not block.exclusive or not block.own_gate.any()
         if block.attends:
             assert (block.in_scale.item(), block.out_scale.item()) == (0.5, 1.0)
             assert block.out.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
@@ -342,7 +354,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
     torch._dynamo.reset()
     eager, compiled = (random_model(stages=stages).float() for _ in range(2))
-    compiled.compile()
+    compile_blocks(compiled)
     graphs, frames = [], [(0, (90,)), (1, (90,)), (2, (40, 50)), (3, (1, 9, 0, 80)), (1, (30, 60))]
     for index, lengths in frames:
         cu_seqlens = borders(*lengths)
@@ -362,7 +374,7 @@ def test_layers_of_one_kind_share_a_graph_also_where_they_read_the_held_stream(m
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     model = random_model(layers="s s= svh svh").float()
-    model.compile()
+    compile_blocks(model)
     model(random_tokens(90), random_tokens(90, seed=1), borders(90), model.stage_inputs(0)).backward()
     assert counter.frame_count == 3  # s, svh, the last svh
 
@@ -432,7 +444,7 @@ def speedrun() -> gpt.Model:
 def test_num_params_of_the_speedrun(speedrun):
     table, square, gates = 50304 * 768, 768 * 768, 5 * 6 * 12
     matrices = 11 * 8 * square + 10 * 4 * square  # an MLP in each of 11 layers, attention in all but one
-    scalars = 11 * 3 + 2 + 10 * 2 + 1  # of stream, x0, attention; backout
+    scalars = 11 * 3 + 2 + 10 * 2 + 1 + 3 * 6  # of stream, x0, attention; backout; exclusive attention's heads
     bigrams = 377_280 * 768
     assert speedrun.num_params() == {  # embedding, head, 5 value tables
         "total": matrices + 7 * table + bigrams + gates + scalars,
@@ -479,7 +491,7 @@ def test_wrong_widths_are_refused_in_one_line(dim, heads):
 
 
 def test_pairs_of_an_odd_number_of_heads_are_refused():
-    with pytest.raises(gpt.UserError, match="--num-heads 3 must be even"):
+    with pytest.raises(gpt.UserError, match="--num-heads 3, which p needs even"):
         gpt.Model(tiny(layers="s lp", model_dim=48, num_heads=3), VOCAB, CPU, torch.float32)
 
 
@@ -496,9 +508,9 @@ METHODS = {  # ending of a name: (method, learning rate, weight decay, betas)
     "down": ("muon", 0.046, 0.0276, None), "head": ("adam", 0.008, 0.006, (0.5, 0.95)),
     "embedding": ("adam", 0.008, 0.006, (0.5, 0.95)), "value_table": ("adam", 0.6, 0.015, (0.75, 0.95)),
     "bigram_table": ("rows", 0.9, 0.015, (0.0, 0.95)), "bigram_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
-    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
-    "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "inject": ("adam", 0.04, 0.0, (0.9, 0.99)),
-    "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "value_gate": ("adam", 0.008, 0.0, (0.9, 0.99)), "own_gate": ("adam", 0.008, 0.0, (0.9, 0.99)),
+    "residual": ("adam", 0.04, 0.0, (0.9, 0.99)), "mlp_residual": ("adam", 0.04, 0.0, (0.9, 0.99)),
+    "inject": ("adam", 0.04, 0.0, (0.9, 0.99)), "backout": ("adam", 0.04, 0.0, (0.9, 0.99)),
     "in_scale": ("adam", 0.04, 0.0, (0.9, 0.99)), "out_scale": ("adam", 0.04, 0.0, (0.9, 0.99)),
 }
 
