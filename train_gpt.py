@@ -8,10 +8,10 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
     x   (T, D)  <- x + t W_out attention(q, k, v)               causal, inside the document, short or long window
     x   (T, D)  <- d x + W_down relu(W_up norm(x))^2            hidden width 4 D
 
-Two layers add x0, in three attention loses some of v, and in the last it reads y, the stream after the eighth. The loss
-is the cross-entropy of 23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of W_head, two thirds
-of it the embedding too. Matrices learn by NorMuon, the rest by Adam: as in the public speedrun (KellerJordan/
-modded-nanogpt, on GitHub), with fewer lines. Last: 3.206 after 100M tokens of Wikipedia, see records/.
+Two layers add x0; three take some of v off what attention says; the last three's attention reads y, the stream after
+the eighth. The loss is the cross-entropy of 23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of
+W_head, for two thirds of the run the embedding. Matrices learn by NorMuon, the rest by Adam, as in the public speedrun
+(github.com/KellerJordan/modded-nanogpt). Last: 3.206 after 100M tokens of Wikipedia, see records/.
 """
 import time
 
@@ -106,7 +106,7 @@ def shard_tokens(path: Path) -> int:
     header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
     if header[:3] != [20240520, 1, held] or not held:
         raise UserError(f"{path} holds {held:g} tokens and begins with {header[:3]}, not with 20240520, version 1 and "
-                        "the number of tokens: download it or make it again")
+                        "the number of tokens, at least 1: download it or make it again")
     return header[2]
 
 class Dataset:
@@ -273,7 +273,7 @@ def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, ca
 
 def row_update(weights, second, rows, grads, lr, decay, beta, correction):
     """adam_update without momentum of rows (N,) of weights and second (V, D), fp32, by gradients (N, D), those of equal
-    rows added up; correction: 1 - beta^count. In place. By sorting, so that every rank gets the same bits."""
+    rows added up; correction: 1 - beta^count. In place. The kernel sorts them: so all ranks get the same bits."""
     if triton and weights.is_cuda:  # 196,608 tokens: the kernel takes 1.0 ms, PyTorch 4.2 (H200)
         (rows, order), cols = rows.sort(stable=True), weights.size(1)
         return row_kernel[len(rows), triton.cdiv(cols, 256)](  # with 4 warps 3.6 ms
@@ -727,7 +727,7 @@ class Model(nn.Module):
             raise UserError(f'--layers "{args.layers}" must be words s, l or -, then e, then for s or l v, h, p, o, x '
                             "in this order, one before the last with =, later ones with h")
         if dim < 16 or args.num_heads < 1 or dim % (8 * args.num_heads) or ("p" in args.layers and args.num_heads % 2):
-            raise UserError(f"--model-dim {dim} must be over 15, 8n x --num-heads {args.num_heads}, which p needs even")
+            raise UserError(f"--model-dim {dim} must be 16 or more, 8n x --num-heads {args.num_heads} (even for p)")
         if args.bigram_rows < 0 or args.bigram_rows == 1:
             raise UserError(f"--bigram-rows {args.bigram_rows} must be 2 or more, or 0 for none")
         self.args, self.vocab_size = args, math.ceil(vocab_size / 128) * 128  # padded: kernels like round numbers
@@ -914,7 +914,7 @@ class Hyperparameters:
     the layer and takes a learned part of it, half at first, off at the end (backout: -0.017 at 16M), h has attention
     read the held one (late input: -0.023), p makes of two heads one that sees both their keys in half the window, o
     puts the half of a key that knows no position one token on (key offset; with p -0.209), x takes a learned part of
-    the token's own value off what a head says (exclusive attention: -0.004 at 100M)"""
+    the token's own value off what a head says (exclusive attention: -0.004 at 100M, one run)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)

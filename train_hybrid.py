@@ -111,7 +111,7 @@ def shard_tokens(path: Path) -> int:
     header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
     if header[:3] != [20240520, 1, held] or not held:
         raise UserError(f"{path} holds {held:g} tokens and begins with {header[:3]}, not with 20240520, version 1 and "
-                        "the number of tokens: download it or make it again")
+                        "the number of tokens, at least 1: download it or make it again")
     return header[2]
 
 class Dataset:
@@ -278,7 +278,7 @@ def adam_update(weights, first, second, grad, lr, decay, beta1, beta2, count, ca
 
 def row_update(weights, second, rows, grads, lr, decay, beta, correction):
     """adam_update without momentum of rows (N,) of weights and second (V, D), fp32, by gradients (N, D), those of equal
-    rows added up; correction: 1 - beta^count. In place. By sorting, so that every rank gets the same bits."""
+    rows added up; correction: 1 - beta^count. In place. The kernel sorts them: so all ranks get the same bits."""
     if triton and weights.is_cuda:  # 196,608 tokens: the kernel takes 1.0 ms, PyTorch 4.2 (H200)
         (rows, order), cols = rows.sort(stable=True), weights.size(1)
         return row_kernel[len(rows), triton.cdiv(cols, 256)](  # with 4 warps 3.6 ms

@@ -310,16 +310,19 @@ def test_default_layers(depth, positions, layers):
 # Compilation
 
 
-def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(monkeypatch):
-    """Stages, windows and numbers of documents recompile nothing; layers of one kind share a graph."""
-    stages = tuple(stage(windows=(3, long), loss_weights=weights) for long, weights in
+@pytest.mark.parametrize("extras", [True, False])
+def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(extras, monkeypatch):
+    """Stages, windows and numbers of documents recompile nothing; layers of one kind share a graph. Without extras the
+    loss is compiled too."""
+    stages = tuple(stage(windows=(3, long), loss_weights=weights if extras else (1.0,)) for long, weights in
                    ((5, (1.0, 0.5)), (9, (1.0, 0.3)), (30, (1.0,)), (80, (1.0,))))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     real, tokens, targets = torch.compile, random_tokens(90), random_tokens(90, seed=1)
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=counter))
     torch._dynamo.reset()
-    layers = "l r= d l r dvh dvh"
-    eager, compiled = (random_model(stages=stages, layers=layers, compile=True).float() for _ in range(2))
+    layers = "l r= d l r dvh dvh" if extras else "l r d l r d d"
+    eager, compiled = (random_model(stages=stages, layers=layers, extras=extras, compile=compile).float()
+                       for compile in (False, True))
     for block in compiled.blocks:
         block.compile(dynamic=False, fullgraph=True)
     graphs, frames = [], [(0, (90, 0)), (2, (40, 50)), (3, (1, 9, 0, 80))]
@@ -333,7 +336,7 @@ def test_compiled_model_equals_eager_and_one_set_of_graphs_serves_all_stages(mon
         for x, y in zip(*results):
             assert_near(x, y, 2e-3)
         graphs.append(counter.frame_count)
-    assert set(graphs) == {4}, graphs  # l, r, d, dvh
+    assert set(graphs) == {4}, graphs  # l, r, d, and dvh or the loss
 
 
 # Counts

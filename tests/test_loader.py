@@ -52,7 +52,6 @@ DATASETS = {
     "first token no separator": cut(MIXED[3:], 61),
     "one long document": [documents([150])],
     "separators only": [[SEPARATOR] * 37],
-    "an empty shard": cut(MIXED, 60, 60),
     "tiny shards": cut(MIXED[:20], *range(1, 20)),
 }
 
@@ -251,6 +250,14 @@ def test_damaged_shard_is_refused(broken, words, tmp_path, write_folder, write_s
     with pytest.raises(gpt.UserError) as error:
         gpt.Dataset(str(tmp_path))
     assert_helpful(error, str(path), *words)
+
+
+def test_empty_shard_is_refused(tmp_path, write_folder, write_shard):
+    write_folder(tmp_path, [MIXED, MIXED], [MIXED])
+    path = write_shard(tmp_path / "tiny_train_000001.bin", [])
+    with pytest.raises(gpt.UserError) as error:
+        gpt.Dataset(str(tmp_path))
+    assert_helpful(error, str(path), "0 tokens", "at least 1", "make it again")
 
 
 def test_shard_with_half_a_token_too_many_is_refused(tmp_path, write_folder, write_shard):
