@@ -215,6 +215,9 @@ def test_python_without_venv(fresh):
 # --- PYTHON=
 
 
+PYTEST = "python -m pytest -n 2 --dist loadfile"
+
+
 def installed(folder: Path, **versions: str) -> dict[str, str]:
     """Environment variables in which the real Python finds these packages and no others."""
     for name, version in versions.items():
@@ -415,7 +418,7 @@ def test_sigterm_reaches_the_script(ready):
 
 def test_test_installs_once_and_passes_its_arguments_to_pytest(fresh):
     fresh.gpus(8)  # the tests need no kernels
-    tests = ["python -m ruff check .", "python -m pytest -q -k name"]
+    tests = ["python -m ruff check .", f"{PYTEST} -q -k name"]
     calls, _ = fresh.run("test", "-q", "-k", "name")
     assert calls == ["python3 -m venv .venv", INSTALL + "-r requirements.txt", INSTALL + "-r requirements-test.txt",
                      *tests]
@@ -426,7 +429,7 @@ def test_test_installs_once_and_passes_its_arguments_to_pytest(fresh):
 def test_test_installs_chromium_if_it_can(fresh):
     fresh.fake("apt-get", '#!/bin/bash\necho "apt-get $*" >>"$CALLS"; exit "${APT:-0}"\n')
     calls, messages = fresh.run("test", APT="1")
-    assert "apt-get update" in calls and "going on without Chromium" in messages and calls[-1] == "python -m pytest"
+    assert "apt-get update" in calls and "going on without Chromium" in messages and calls[-1] == PYTEST
     (fresh.root / ".venv/stamp-test").unlink()
     assert "apt-get install -y --no-install-recommends chromium" in fresh.run("test")[0]
     (fresh.root / ".venv/stamp-test").unlink()
@@ -437,14 +440,14 @@ def test_test_installs_chromium_if_it_can(fresh):
 @pytest.mark.parametrize("fails", ["*ruff*", "*pytest*"])
 def test_test_fails_with_ruff_or_pytest(fresh, fails):
     calls, _ = fresh.run("test", status=1, FAIL=fails)
-    assert calls[-2:] == ["python -m ruff check .", "python -m pytest"]
+    assert calls[-2:] == ["python -m ruff check .", PYTEST]
 
 
 def test_test_with_python_given(fresh, tmp_path):
-    env = installed(tmp_path, torch="2.13.0", pytest="9.0")
+    env = installed(tmp_path, torch="2.13.0", pytest="9.0", pytest_xdist="3.8")
     assert "has no ruff" in fresh.run("test", status=2, **env)[1]
     env = installed(tmp_path, ruff="0.17")
-    assert fresh.run("test", **env)[0] == ["python3 -m ruff check .", "python3 -m pytest"]
+    assert fresh.run("test", **env)[0] == ["python3 -m ruff check .", PYTEST.replace("python", "python3")]
 
 
 def test_ci_runs_the_tests(fresh):
@@ -452,4 +455,4 @@ def test_ci_runs_the_tests(fresh):
     shutil.copy(ROOT / ".ci/run", fresh.root / ".ci/run")
     assert os.access(ROOT / ".ci/run", os.X_OK) and os.access(ROOT / "run.sh", os.X_OK)
     subprocess.run(["bash", ".ci/run"], env=fresh.env(), cwd=fresh.root, check=True, timeout=20)
-    assert fresh.log.read_text().splitlines()[-1] == "python -m pytest -q"
+    assert fresh.log.read_text().splitlines()[-1] == f"{PYTEST} -q"
