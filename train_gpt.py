@@ -958,13 +958,13 @@ FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batc
 class Schedule:
     """Stage, learning rate and momentum of every step, by the stage table and the budget of tokens."""
     def __init__(self, args: "Hyperparameters", world: World):
-        self.args, self.batches = args, [stage.batch_tokens for stage in args.stages]
-        parts = np.array([stage.steps for stage in args.stages])
+        self.args, self.batches, rows = args, [row.batch_tokens for row in args.stages], args.row_tokens * world.size
+        parts = np.array([row.steps for row in args.stages])
         if parts.min() < 0 or abs(parts.sum() - 1) > 1e-6:
             raise UserError(f"the stages' steps are parts of the run, and add up to {parts.sum():.4f} instead of 1")
-        if args.row_tokens < 1 or any(n < 1 or n % (args.row_tokens * world.size) for n in self.batches):
-            raise UserError(f"{world.size} ranks cannot share batches of {self.batches} tokens in rows of "
-                            f"{args.row_tokens}: take another number of ranks, or fitting --row-tokens")
+        if min(rows, args.micro_batch_tokens, *self.batches) < 1 or any(n % rows for n in self.batches):
+            raise UserError(f"{world.size} ranks cannot share {self.batches} tokens in rows of {args.row_tokens} "
+                            f"by micro-batches of {args.micro_batch_tokens}: take fitting --row-tokens, or other ranks")
         self.steps = int(args.max_tokens / (parts @ self.batches))
         if self.steps < 1:
             raise UserError(f"--max-tokens {args.max_tokens} is less than a step of {parts @ self.batches:.0f} tokens")

@@ -113,6 +113,7 @@ def test_a_cooldown_or_a_ramp_may_have_no_length(changes):
 
 @pytest.mark.parametrize("size, changes, message", [
     (3, {}, "3 ranks cannot share"), (16, {}, "16 ranks cannot share"), (1, {"row_tokens": 3000}, "cannot share"),
+    (1, {"row_tokens": 0}, "rows of 0"), (1, {"micro_batch_tokens": 0}, "micro-batches of 0"),
     (1, {"max_tokens": BATCH - 1}, "--max-tokens"), (1, {"max_tokens": 0}, "--max-tokens 0"),
     (1, {"stages": stages(0.5, 0.3, 0.1, 0.05)}, "stages.*0.95"), (1, {"stages": stages(1.5, -0.5, 0, 0)}, "stages"),
 ])
