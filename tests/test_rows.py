@@ -52,7 +52,7 @@ def test_gradients_of_a_row_are_added_up_in_fp32_one_token_after_the_other(rows,
     for row, grad in zip(rows.tolist(), grads.float()):
         sums[row] += grad
     weights, second = torch.zeros(2, V, D)
-    gpt.row_update(weights, second, rows, grads, 1.0, 0.0, 0.0, 1.0)
+    gpt.row_update(weights, second, rows, grads, 1.0, 0.0, 0.0, 1)
     assert torch.equal(second, sums.square()) and torch.equal(weights.sign(), -sums.sign())  # beta 0: no average
     exact = torch.zeros(V, D, dtype=torch.float64).index_add_(0, rows, grads.double())
     torch.testing.assert_close(second.double().sqrt(), exact.abs(), rtol=1e-6, atol=1e-6)
@@ -66,7 +66,7 @@ def test_rows_learn_like_a_dense_table_by_adam_without_momentum(decay):
     for count, name in enumerate(("some repeated", "all different", "one row", "the last row", "some repeated"), 1):
         rows, grads = ROWS[name], random_grads(N, seed=count)
         looked_up, before = rows.unique(), (weights.clone(), second.clone())
-        gpt.row_update(weights, second, rows, grads, 0.05, decay, 0.9, 1 - 0.9**count)
+        gpt.row_update(weights, second, rows, grads, 0.05, decay, 0.9, count)
         part, moment, sums = want[looked_up], moments[looked_up], torch.zeros(V, D).index_add_(0, rows, grads)
         gpt.adam_update(part, torch.zeros_like(part), moment, sums[looked_up], 0.05, decay, 0.0, 0.9, count, True)
         want[looked_up], moments[looked_up] = part, moment
@@ -80,7 +80,7 @@ def test_rows_learn_like_a_dense_table_by_adam_without_momentum(decay):
 def test_the_first_update_of_all_rows_is_adam_s_of_the_table():
     weights, grads = random_grads(V, seed=1), random_grads(V)
     dense = weights.clone()
-    gpt.row_update(weights, torch.zeros(V, D), torch.arange(V), grads, 0.05, 0.4, 0.9, 1 - 0.9)
+    gpt.row_update(weights, torch.zeros(V, D), torch.arange(V), grads, 0.05, 0.4, 0.9, 1)
     gpt.adam_update(dense, *torch.zeros(2, V, D), grads, 0.05, 0.4, 0.0, 0.9, 1, True)
     torch.testing.assert_close(weights, dense, rtol=1e-6, atol=1e-7)
 
@@ -133,7 +133,7 @@ def test_interpreted(script, rows, columns, dtype, monkeypatch):
     for kind in (OnGPU, torch.Tensor):
         results.append((weights.clone(), second.clone()))
         tables = (x.as_subclass(kind) for x in results[-1])
-        script.row_update(*tables, rows, grads, 0.5, 0.3, 0.95, 1 - 0.95**3)
+        script.row_update(*tables, rows, grads, 0.5, 0.3, 0.95, 3)
     assert kernel.grids == [(len(rows), 1 if columns <= 256 else 2)]
     looked_up = rows.unique()
     others = torch.ones(V, dtype=torch.bool).index_fill(0, looked_up, False)
@@ -173,7 +173,7 @@ def test_on_a_gpu(tokens, rows):
     before = torch.randn(rows, 768, device="cuda"), torch.rand(rows, 768, device="cuda")
     first, second = ([x.clone() for x in before] for _ in range(2))
     for tables in (first, second):
-        gpt.row_update(*tables, looked_up, grads, 0.5, 0.01, 0.95, 1 - 0.95**3)
+        gpt.row_update(*tables, looked_up, grads, 0.5, 0.01, 0.95, 3)
     assert all(torch.equal(x, y) for x, y in zip(first, second))
     weights, square = (x.double() for x in before)
     grad = torch.zeros_like(weights).index_add_(0, looked_up, grads.double())
@@ -236,7 +236,7 @@ def test_the_bank_counts_its_steps_and_learning_rate_and_decay_follow_the_schedu
         look_up(table, rows, step)
         optimizer.step(step, factor, 0.9)
         gpt.row_update(want, second, rows, random_grads(len(rows), step), 0.1 * factor, 0.5 * factor, 0.9,
-                       1 - 0.9 ** (step + 1))
+                       step + 1)
         assert torch.equal(table, want) and torch.equal(optimizer.banks["table"].state["second"], second.flatten())
 
 
