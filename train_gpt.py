@@ -11,7 +11,7 @@ One block, for T packed tokens (documents end to end, cu_seqlens says where each
 Two layers add x0; three take some of v off what attention says; the last three's attention reads y, the stream after
 the eighth. The loss is the cross-entropy of 23 sigmoid((W_head norm(x - e y) + 5) / 7.5), in training over some rows of
 W_head, for two thirds of the run the embedding. Matrices learn by NorMuon, the rest by Adam, as in the public speedrun
-(github.com/KellerJordan/modded-nanogpt). Last: 3.206 after 100M tokens of Wikipedia, see records/.
+(github.com/KellerJordan/modded-nanogpt). Last: 3.205 after 100M tokens of Wikipedia, see records/.
 """
 import time
 
@@ -48,7 +48,6 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Setup [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 SCRIPT = Path(__file__).resolve()
 
 class UserError(Exception):
@@ -100,7 +99,6 @@ def atomic_save(state: dict, path: Path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
     header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
@@ -219,7 +217,6 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 @dataclass
 class ParamGroup:
     """Parameters, by name, that learn alike. A Muon parameter of more than two dimensions is a stack of matrices."""
@@ -232,7 +229,6 @@ class ParamGroup:
     cautious: bool = True  # decay only where update and weight agree in sign (arXiv 2510.12402)
     tied_to: str = ""  # the parameter with which this group's only one shares gradients while the run is tied
 
-# Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -240,7 +236,7 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar_express(x: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
+    """About the nearest orthogonal matrix to each of a stack (n, rows, cols): Polar Express (arXiv 2505.16932)."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     x = x.bfloat16() if x.is_cuda else x
     tall = x.size(-2) > x.size(-1)
@@ -321,7 +317,6 @@ class Bank:
     def wait(self):
         if self.pending:
             self.pending.wait()
-        self.pending = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole bank on the CPU, the same for every number of ranks. All ranks take part."""
@@ -631,7 +626,6 @@ def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
 # ----------------------------------------------------------------------------------------------------------------------
-
 class StageInputs(NamedTuple):
     """A stage's numbers, as tensors, so that compiled code serves all stages; the first four on the CPU."""
     max_seqlen: Tensor
@@ -736,9 +730,8 @@ class Model(nn.Module):
                 self.bigram_table = nn.Parameter(torch.empty(args.bigram_rows, dim))
                 bits = torch.randint(2, (8192, dim), generator=torch.Generator().manual_seed(0), device="cpu")
                 self.register_buffer("signs", (2 * bits - 1).to(device, dtype), persistent=False)
-            self.blocks = nn.ModuleList(
-                Block(word, args, self.vocab_size, dtype, i == len(words) and "=" in args.layers)
-                for i, word in enumerate(words, 1))
+            ends = [False] * (len(words) - 1) + ["=" in args.layers]
+            self.blocks = nn.ModuleList(Block(word, args, self.vocab_size, dtype, e) for word, e in zip(words, ends))
         self.windows = [(args.stages[-1].windows[block.long], 1 + block.paired)  # and how often a token stands there
                         for block in self.blocks if block.attends]
 
@@ -752,18 +745,16 @@ class Model(nn.Module):
             elif name.endswith(("embedding", ".value_table")):
                 nn.init.normal_(param, std=1.0 if name == "embedding" else 0.01)
             else:
-                nn.init.constant_(param, {
-                    "residual": 1.1**0.5, "mlp_residual": 1.1**0.5, "bigram_gate": 0.05, "in_scale": 0.5,
-                    "out_scale": 1.0, "backout": -0.5}.get(name.split(".")[-1], 0.0))
+                special = {"bigram_gate": 0.05, "in_scale": 0.5, "out_scale": 1.0, "backout": -0.5}
+                nn.init.constant_(param, 1.1**0.5 if "residual" in name else special.get(name.split(".")[-1], 0.0))
         if self.args.tied_until:
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
 
     def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D) for tokens with the one before in their document. Pairs share rows of a table by a hash, and are told
-        apart by signs, rows of which they share by another hash."""
+        """(T, D) for pairs of a token and the one before it in its document, which share rows of a table by a hash."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]  # told apart
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -866,7 +857,6 @@ class Model(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Stage:
     """A row of the stage table: all that changes during a run."""
@@ -910,10 +900,9 @@ class Hyperparameters:
     layers: str = "sep svp svp lox sx sep - sx= svh svh lvho"
     """a word per layer: s or l attends with the short or long window, - does not, e adds the token's embedding (in two
     layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream after
-    the layer and takes a learned part of it, half at first, off at the end (backout: -0.017 at 16M), h has attention
-    read the held one (late input: -0.023), p makes of two heads one that sees both their keys in half the window, o
-    puts the half of a key that knows no position one token on (key offset; with p -0.209), x takes a learned part of
-    the token's own value off what a head says (exclusive attention: -0.004 at 100M, one run)"""
+    the layer and takes a learned part of it off at the end (backout: -0.017 at 16M), h has attention read the held one
+    (late input: -0.023), p makes of two heads one that sees both their keys in half the window, o puts the unrotated
+    half of a key one token on (with p -0.209), x takes a learned part of the token's own value off (-0.004 at 100M)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
@@ -950,7 +939,6 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # logged
 FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # to resume
 
@@ -1173,11 +1161,10 @@ class Run:
                 "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
                 "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
                 "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
-                "device": device, "attention": self.attention,
+                "device": device, "attention": self.attention, "dataset": self.data.about["name"],
                 "kernels": ({"MLP": "quack"} if gemm_act else {}) | getattr(self.model, "kernels", {}),
                 "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
-                "params": self.model.num_params(), "args": self.flags}
+                "fingerprint": self.data.fingerprint, "params": self.model.num_params(), "args": self.flags}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
@@ -1220,10 +1207,9 @@ class Run:
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)")
         closing = json.dumps({
-            "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
-            "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
-            "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
-            "val_tokens": args.val_tokens, **environment,
+            "val_loss": val_loss, "target": args.target, "reached": reached, "steps": steps, "tokens_per_second": speed,
+            "tokens": self.schedule.tokens, "val_tokens": args.val_tokens, "train_seconds": self.seconds, **environment,
+            "startup_seconds": startup, "total_seconds": time.perf_counter() - process_start, "seed": args.seed,
             "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None})
         self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
         self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
@@ -1234,10 +1220,24 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     default = PRESETS.get(preset[1] if preset else "speedrun", PRESETS["speedrun"])
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
+def compile_kernels(args: "Hyperparameters"):
+    """In a process beside the run's: fills the disk's caches of all kernels but torch's, 14 s of a cold start (H100)."""
+    world, data = World(), Dataset(args.data)
+    choose_attention(args.attention, world.device)
+    model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
+    tokens, borders = torch.arange(2048, device=world.device), torch.arange(0, 2049, 64, device=world.device)
+    model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
+
 def main():
     quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
     try:
-        Run(parse_args(sys.argv[1:], quiet), World()).train()
+        args = parse_args(sys.argv[1:], quiet)
+        if "KERNELS_ONLY" in os.environ:
+            return compile_kernels(args)
+        if args.compile and torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
+            subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], stderr=subprocess.DEVNULL,
+                             env=os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"})
+        Run(args, World()).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
         if not quiet:

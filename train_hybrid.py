@@ -53,7 +53,6 @@ from torch import Tensor, nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Setup [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 SCRIPT = Path(__file__).resolve()
 
 class UserError(Exception):
@@ -105,7 +104,6 @@ def atomic_save(state: dict, path: Path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 def shard_tokens(path: Path) -> int:
     """The number of tokens in a shard, by its header: 256 int32 (20240520, version 1, tokens); uint16 tokens follow."""
     header, held = np.fromfile(path, np.int32, 256).tolist(), (path.stat().st_size - 1024) / 2
@@ -224,7 +222,6 @@ def val_rows(dataset: Dataset, world: World, tokens: int, row_tokens: int) -> li
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 @dataclass
 class ParamGroup:
     """Parameters, by name, that learn alike. A Muon parameter of more than two dimensions is a stack of matrices."""
@@ -237,7 +234,6 @@ class ParamGroup:
     cautious: bool = True  # decay only where update and weight agree in sign (arXiv 2510.12402)
     tied_to: str = ""  # the parameter with which this group's only one shares gradients while the run is tied
 
-# Polar Express (arXiv 2505.16932): five odd polynomials that push every singular value towards 1
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                  (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -245,7 +241,7 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar_express(x: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix to each matrix of a stack, (n, rows, cols) -> (n, rows, cols)."""
+    """About the nearest orthogonal matrix to each of a stack (n, rows, cols): Polar Express (arXiv 2505.16932)."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     x = x.bfloat16() if x.is_cuda else x
     tall = x.size(-2) > x.size(-1)
@@ -326,7 +322,6 @@ class Bank:
     def wait(self):
         if self.pending:
             self.pending.wait()
-        self.pending = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole bank on the CPU, the same for every number of ranks. All ranks take part."""
@@ -894,7 +889,6 @@ def state_space(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, cu_seqle
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: short convolution [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 def short_convolution_reference(x, weight, position, cu_seqlens, chunks):
     taps = weight.to(torch.promote_types(x.dtype, torch.float32)).flip(1).unbind(1)
     shifted = (F.pad(x, (0, 0, ago, 0))[:len(x)] * (position >= ago)[:, None] for ago in range(len(taps)))
@@ -1034,7 +1028,6 @@ def short_convolution(x: Tensor, weight: Tensor, position: Tensor, cu_seqlens: T
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels: differential attention [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 def values_twice_as_wide(dim: int) -> bool:
     """Whether the attention backend in use takes values of 2 dim channels for keys of dim; makes it do so if it can."""
     if attention_forward is not ATTENTION_BACKENDS["flash-attn-4"][0]:
@@ -1067,7 +1060,6 @@ def differential_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cu_s
 # ----------------------------------------------------------------------------------------------------------------------
 # Architecture
 # ----------------------------------------------------------------------------------------------------------------------
-
 class StageInputs(NamedTuple):
     """A stage's numbers, as tensors, so that compiled code serves all stages; the first three on the CPU."""
     max_seqlen: Tensor
@@ -1327,11 +1319,10 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=self.args.init_std or 0.005))
 
     def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D) for tokens with the one before in their document. Pairs share rows of a table by a hash, and are told
-        apart by signs, rows of which they share by another hash."""
+        """(T, D) for pairs of a token and the one before it in its document, which share rows of a table by a hash."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]  # told apart
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -1460,7 +1451,6 @@ class Model(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Stage:
     """A row of the stage table: all that changes during a run."""
@@ -1580,7 +1570,6 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Training [same]
 # ----------------------------------------------------------------------------------------------------------------------
-
 SWITCHES = ("CUBLAS", "CUDA", "FLA_", "FLASH_", "NCCL", "OMP_", "PYTORCH", "QUACK", "TORCH", "TRITON")  # logged
 FREE_FLAGS = "data attention compile out checkpoint save_every resume micro_batch_tokens val_every".split()  # to resume
 
@@ -1803,11 +1792,10 @@ class Run:
                 "git_commit": git.stdout.strip() or None, "command": sys.argv, "python": platform.python_version(),
                 "torch": torch.__version__, "cuda": torch.version.cuda, "triton": getattr(triton, "__version__", None),
                 "numpy": np.__version__, "threads": torch.get_num_threads(), "world_size": self.world.size,
-                "device": device, "attention": self.attention,
+                "device": device, "attention": self.attention, "dataset": self.data.about["name"],
                 "kernels": ({"MLP": "quack"} if gemm_act else {}) | getattr(self.model, "kernels", {}),
                 "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
-                "dataset": self.data.about["name"], "fingerprint": self.data.fingerprint,
-                "params": self.model.num_params(), "args": self.flags}
+                "fingerprint": self.data.fingerprint, "params": self.model.num_params(), "args": self.flags}
 
     def train(self):
         args, steps, environment = self.args, self.schedule.steps, self.environment()
@@ -1850,10 +1838,9 @@ class Run:
         self.log(f"{'reached' if reached else 'missed'} the target: val_loss {val_loss:.4f}, target {args.target},"
                  f" in {self.seconds:.1f} s of training ({speed:.0f} tokens/s)")
         closing = json.dumps({
-            "val_loss": val_loss, "target": args.target, "reached": reached, "seed": args.seed, "steps": steps,
-            "tokens": self.schedule.tokens, "train_seconds": self.seconds, "startup_seconds": startup,
-            "total_seconds": time.perf_counter() - process_start, "tokens_per_second": speed,
-            "val_tokens": args.val_tokens, **environment,
+            "val_loss": val_loss, "target": args.target, "reached": reached, "steps": steps, "tokens_per_second": speed,
+            "tokens": self.schedule.tokens, "val_tokens": args.val_tokens, "train_seconds": self.seconds, **environment,
+            "startup_seconds": startup, "total_seconds": time.perf_counter() - process_start, "seed": args.seed,
             "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if self.world.gpu else None})
         self.digest.update(closing[:-1].encode())  # a record refuses a log that was cut or edited
         self.log(f'{closing[:-1]}, "log_sha256": "{self.digest.hexdigest()}"}}')
@@ -1864,10 +1851,24 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     default = PRESETS.get(preset[1] if preset else "speedrun", PRESETS["speedrun"])
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
+def compile_kernels(args: "Hyperparameters"):
+    """In a process beside the run's: fills the disk's caches of all kernels but torch's, 14 s of a cold start (H100)."""
+    world, data = World(), Dataset(args.data)
+    choose_attention(args.attention, world.device)
+    model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
+    tokens, borders = torch.arange(2048, device=world.device), torch.arange(0, 2049, 64, device=world.device)
+    model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
+
 def main():
     quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
     try:
-        Run(parse_args(sys.argv[1:], quiet), World()).train()
+        args = parse_args(sys.argv[1:], quiet)
+        if "KERNELS_ONLY" in os.environ:
+            return compile_kernels(args)
+        if args.compile and torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
+            subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], stderr=subprocess.DEVNULL,
+                             env=os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"})
+        Run(args, World()).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
         if not quiet:

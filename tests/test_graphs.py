@@ -2,6 +2,8 @@
 
 import functools
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,3 +305,52 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
     for batch in run.val_rows:
         assert error(run.graphed(run.model, batch, stage), run.model(*batch, stage).detach()) < 1e-3
     assert len(run.graphs) == 6
+
+
+# Kernels that a process beside the run compiles -----------------------------------------------------------------------
+
+
+@SCRIPTS
+def test_the_process_beside_a_run_calls_every_kernel_forward_and_backward(script, others, data, monkeypatch):
+    calls = []
+
+    def counted(name, function):
+        return lambda *inputs: calls.append(name) or function(*inputs)
+
+    forward, backward, *rest = script.ATTENTION_BACKENDS["reference"]
+    monkeypatch.setitem(script.ATTENTION_BACKENDS, "reference", (
+        counted("forward", forward), counted("backward", backward), *rest))
+    for name in ("attention_forward", "attention_backward", "mlp"):
+        monkeypatch.setattr(script, name, counted(name, getattr(script, name)))  # the first two it chooses anew
+    args = script.parse_args([*FLAGS, *others, "--data", str(data), "--attention", "reference"])
+    script.compile_kernels(args)
+    blocks = script.Model(args, 257, torch.device("cpu"), torch.float32).blocks
+    attend = [getattr(block, "attends", True) for block in blocks]
+    assert calls.count("forward") == calls.count("backward") >= sum(attend) > 1 and calls.count("mlp") == len(blocks)
+    assert "attention_forward" not in calls
+
+
+@pytest.mark.parametrize("gpu, flag, local_rank, beside", [
+    (True, "--compile", "0", True), (True, "--compile", None, True), (True, "--compile", "1", False),
+    (True, "--no-compile", "0", False), (False, "--compile", "0", False)])
+def test_one_process_of_a_machine_with_gpus_has_another_compile_kernels(
+        gpu, flag, local_rank, beside, data, tmp_path, monkeypatch):
+    started, trained, compiled = [], [], []
+    monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, env, **_: started.append((argv, env)))
+    monkeypatch.setattr(gpt, "World", lambda: None)
+    monkeypatch.setattr(gpt, "Run", lambda args, world: SimpleNamespace(train=lambda: trained.append(args)))
+    monkeypatch.setattr(gpt, "compile_kernels", compiled.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in (("LOCAL_RANK", local_rank), ("KERNELS_ONLY", None)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--out", str(tmp_path), flag])
+    with pytest.raises(SystemExit) as end:
+        gpt.main()
+    assert end.value.code == 0 and len(trained) == 1 and len(started) == beside and not compiled
+    if beside:  # as that process would go on
+        (argv, env), = started
+        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and env["WORLD_SIZE"] == "1"
+        monkeypatch.setenv("KERNELS_ONLY", env["KERNELS_ONLY"])
+        gpt.main()
+        assert len(trained) == len(started) == 1 and compiled == trained
