@@ -1852,7 +1852,7 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: fills the disk's caches of all kernels but torch's, 14 s of a cold start (H100)."""
+    """In a process beside the run's: fills the disk's caches of kernels but torch's, 14 s of a cold start (H100)."""
     world, data = World(), Dataset(args.data)
     choose_attention(args.attention, world.device)
     model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
