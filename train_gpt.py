@@ -300,7 +300,6 @@ class Bank:
         self.master = self.own.float()  # the very same memory if the weights are fp32
 
     def reset(self):
-        """Forgets what was learnt, after the weights were initialised anew."""
         self.master.copy_(self.own)
         for tensor in (self.grads, *self.state.values()):
             tensor.zero_()
@@ -751,10 +750,10 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=0.005))
 
     def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D) for pairs of a token and the one before it in its document, which share rows of a table by a hash."""
+        """(T, D): a token and the one before in its document share a row of a table by a hash, told apart by signs."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]  # told apart
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -886,7 +885,6 @@ class Hyperparameters:
     checkpoint: str | None = None  # folder for checkpoints, the newest stays; without it only SIGTERM saves, in --out
     save_every: int = 0  # steps between checkpoints (0: only at the end)
     resume: str | None = None  # checkpoint to go on from, with the flags of the run that wrote it
-
     row_tokens: int = 16_384  # tokens in a row of packed documents; a batch is whole rows, shared out to the ranks
     micro_batch_tokens: int = 65_536  # most tokens in one forward and backward pass of a rank: less needs less memory
     document_tails: Literal["continue", "drop"] = "drop"  # rest of a cut document: a new piece, or lost (-0.04 at 20M)
@@ -902,7 +900,7 @@ class Hyperparameters:
     layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream after
     the layer and takes a learned part of it off at the end (backout: -0.017 at 16M), h has attention read the held one
     (late input: -0.023), p makes of two heads one that sees both their keys in half the window, o puts the unrotated
-    half of a key one token on (with p -0.209), x takes a learned part of the token's own value off (-0.004 at 100M)"""
+    half of a key one token on (with p -0.209), x takes off a learned part of the token's own value (-0.004 at 100M)"""
     model_dim: int = 768  # width of the residual stream
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
@@ -976,8 +974,8 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-    def __init__(self, args: "Hyperparameters", world: World):
-        self.args, self.world = args, world
+    def __init__(self, args: "Hyperparameters", world: World, beside: subprocess.Popen | None = None):
+        self.args, self.world, self.beside = args, world, beside  # which compiles kernels
         self.flags = json.loads(json.dumps(asdict(args)))  # as JSON knows them
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
         self.attention = choose_attention(args.attention, world.device)
@@ -1029,6 +1027,8 @@ class Run:
             function(*batch, stage)  # compiles
             self.graphed(function, batch, stage)  # captures
         self.optimizer.step(1, 0.0, 0.9)
+        if self.beside:
+            self.beside.kill()  # if it is late: all kernels have been needed by now
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
@@ -1221,7 +1221,7 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: fills the disk's caches of kernels but torch's, 14 s of a cold start (H100)."""
+    """In a process beside the run's: leaves attention's, MLPs' and recurrences' kernels, 14 s of work, on disk."""
     world, data = World(), Dataset(args.data)
     choose_attention(args.attention, world.device)
     model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
@@ -1229,18 +1229,18 @@ def compile_kernels(args: "Hyperparameters"):
     model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
 
 def main():
-    quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
+    rank, beside, code = int(os.environ.get("RANK", 0)), None, 0
     try:
-        args = parse_args(sys.argv[1:], quiet)
+        args = parse_args(sys.argv[1:], quiet=rank > 0)
         if "KERNELS_ONLY" in os.environ:
             return compile_kernels(args)
-        if args.compile and torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
-            subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], stderr=subprocess.DEVNULL,
-                             env=os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"})
-        Run(args, World()).train()
+        if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
+            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"}
+            beside = subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], env=env, stdout=null, stderr=null)
+        Run(args, World(), beside).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
-        if not quiet:
+        if rank == 0:
             print(f"{SCRIPT.name}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()

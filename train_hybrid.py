@@ -305,7 +305,6 @@ class Bank:
         self.master = self.own.float()  # the very same memory if the weights are fp32
 
     def reset(self):
-        """Forgets what was learnt, after the weights were initialised anew."""
         self.master.copy_(self.own)
         for tensor in (self.grads, *self.state.values()):
             tensor.zero_()
@@ -1319,10 +1318,10 @@ class Model(nn.Module):
             self.embedding.copy_(nn.init.normal_(self.head, std=self.args.init_std or 0.005))
 
     def bigram(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """(T, D) for pairs of a token and the one before it in its document, which share rows of a table by a hash."""
+        """(T, D): a token and the one before in its document share a row of a table by a hash, told apart by signs."""
         before, last = torch.where(position > 0, tokens.roll(1), 0), len(self.bigram_table) - 1
         row = torch.where(position > 0, (36313 * tokens ^ 27191 * before) % last, last)  # first tokens share the last
-        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]  # told apart
+        return Lookup.apply(self.bigram_table, row) * self.signs[(tokens ^ before) % len(self.signs)]
 
     def hidden(self, tokens: Tensor, cu_seqlens: Tensor, stage: StageInputs) -> tuple[Tensor, Tensor]:
         """tokens (T,) -> the stream after the last layer (T, D), position in the document (T,)."""
@@ -1607,8 +1606,8 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-    def __init__(self, args: "Hyperparameters", world: World):
-        self.args, self.world = args, world
+    def __init__(self, args: "Hyperparameters", world: World, beside: subprocess.Popen | None = None):
+        self.args, self.world, self.beside = args, world, beside  # which compiles kernels
         self.flags = json.loads(json.dumps(asdict(args)))  # as JSON knows them
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
         self.attention = choose_attention(args.attention, world.device)
@@ -1660,6 +1659,8 @@ class Run:
             function(*batch, stage)  # compiles
             self.graphed(function, batch, stage)  # captures
         self.optimizer.step(1, 0.0, 0.9)
+        if self.beside:
+            self.beside.kill()  # if it is late: all kernels have been needed by now
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
@@ -1852,7 +1853,7 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: fills the disk's caches of kernels but torch's, 14 s of a cold start (H100)."""
+    """In a process beside the run's: leaves attention's, MLPs' and recurrences' kernels, 14 s of work, on disk."""
     world, data = World(), Dataset(args.data)
     choose_attention(args.attention, world.device)
     model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
@@ -1860,18 +1861,18 @@ def compile_kernels(args: "Hyperparameters"):
     model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
 
 def main():
-    quiet, code = int(os.environ.get("RANK", 0)) > 0, 0
+    rank, beside, code = int(os.environ.get("RANK", 0)), None, 0
     try:
-        args = parse_args(sys.argv[1:], quiet)
+        args = parse_args(sys.argv[1:], quiet=rank > 0)
         if "KERNELS_ONLY" in os.environ:
             return compile_kernels(args)
-        if args.compile and torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == "0":
-            subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], stderr=subprocess.DEVNULL,
-                             env=os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"})
-        Run(args, World()).train()
+        if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
+            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"}
+            beside = subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], env=env, stdout=null, stderr=null)
+        Run(args, World(), beside).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
-        if not quiet:
+        if rank == 0:
             print(f"{SCRIPT.name}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()

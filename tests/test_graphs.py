@@ -315,42 +315,60 @@ def test_the_process_beside_a_run_calls_every_kernel_forward_and_backward(script
     calls = []
 
     def counted(name, function):
-        return lambda *inputs: calls.append(name) or function(*inputs)
+        return lambda *inputs, **options: calls.append(name) or function(*inputs, **options)
 
     forward, backward, *rest = script.ATTENTION_BACKENDS["reference"]
     monkeypatch.setitem(script.ATTENTION_BACKENDS, "reference", (
         counted("forward", forward), counted("backward", backward), *rest))
     for name in ("attention_forward", "attention_backward", "mlp"):
         monkeypatch.setattr(script, name, counted(name, getattr(script, name)))  # the first two it chooses anew
+    if script is hybrid:
+        monkeypatch.setattr(hybrid, "recurrence_in_use", {
+            kind: counted(kind, function) for kind, function in hybrid.recurrence_in_use.items()})
+        monkeypatch.setattr(hybrid, "choose_recurrence", lambda *_: "reference")
     args = script.parse_args([*FLAGS, *others, "--data", str(data), "--attention", "reference"])
     script.compile_kernels(args)
     blocks = script.Model(args, 257, torch.device("cpu"), torch.float32).blocks
     attend = [getattr(block, "attends", True) for block in blocks]
     assert calls.count("forward") == calls.count("backward") >= sum(attend) > 1 and calls.count("mlp") == len(blocks)
-    assert "attention_forward" not in calls
+    if script is hybrid:
+        kind = "state space" if "mamba2" in others else "gated delta rule"
+        assert calls.count(kind) == len(blocks) and calls.count("short convolution") >= len(blocks)
 
 
-@pytest.mark.parametrize("gpu, flag, local_rank, beside", [
-    (True, "--compile", "0", True), (True, "--compile", None, True), (True, "--compile", "1", False),
-    (True, "--no-compile", "0", False), (False, "--compile", "0", False)])
+@pytest.mark.parametrize("gpu, flag, rank, per_node, beside", [
+    (True, "--compile", 0, 8, True), (True, "--compile", None, None, True), (True, "--compile", 1, 8, False),
+    (True, "--compile", 8, 8, True), (True, "--no-compile", 0, 8, False), (False, "--compile", 0, 8, False)])
 def test_one_process_of_a_machine_with_gpus_has_another_compile_kernels(
-        gpu, flag, local_rank, beside, data, tmp_path, monkeypatch):
+        gpu, flag, rank, per_node, beside, data, tmp_path, monkeypatch):
     started, trained, compiled = [], [], []
-    monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, env, **_: started.append((argv, env)))
+    monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, **options: started.append((argv, options)) or options)
     monkeypatch.setattr(gpt, "World", lambda: None)
-    monkeypatch.setattr(gpt, "Run", lambda args, world: SimpleNamespace(train=lambda: trained.append(args)))
+    monkeypatch.setattr(gpt, "Run", lambda args, world, other: SimpleNamespace(
+        train=lambda: trained.append((args, other))))
     monkeypatch.setattr(gpt, "compile_kernels", compiled.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    for name, value in (("LOCAL_RANK", local_rank), ("KERNELS_ONLY", None)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    environment = {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "WORLD_SIZE": 16 if per_node else None,
+                   "LOCAL_RANK": 0 if per_node else None, "KERNELS_ONLY": None}  # run.sh: each sees one GPU, its 0th
+    for name, value in environment.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--out", str(tmp_path), flag])
     with pytest.raises(SystemExit) as end:
         gpt.main()
     assert end.value.code == 0 and len(trained) == 1 and len(started) == beside and not compiled
     if beside:  # as that process would go on
-        (argv, env), = started
-        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and env["WORLD_SIZE"] == "1"
-        monkeypatch.setenv("KERNELS_ONLY", env["KERNELS_ONLY"])
+        (argv, options), = started
+        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and options["env"]["WORLD_SIZE"] == "1"
+        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL and trained[0][1] is options
+        monkeypatch.setenv("KERNELS_ONLY", options["env"]["KERNELS_ONLY"])
         gpt.main()
-        assert len(trained) == len(started) == 1 and compiled == trained
+        assert len(trained) == len(started) == 1 and compiled == [trained[0][0]]
+
+
+def test_the_process_beside_a_run_ends_before_the_clock_starts(new_run):
+    run = new_run(gpt, ["--layers", "sev= le -e levh"], "--compile")
+    for block in run.model.blocks:
+        block.compile = lambda **_: None
+    run.beside = gpt.subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    run.warm_up()
+    assert run.beside.wait(timeout=10) < 0
