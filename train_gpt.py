@@ -62,7 +62,7 @@ class World:
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         if self.gpu:
             torch.cuda.set_device(self.device)
-        if self.size > 1:
+        if self.size > 1 and "KERNELS_ONLY" not in os.environ:
             dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -301,8 +301,7 @@ class Bank:
 
     def reset(self):
         self.master.copy_(self.own)
-        for tensor in (self.grads, *self.state.values()):
-            tensor.zero_()
+        torch._foreach_zero_([self.grads, *self.state.values()])
 
     def reduce(self):
         if self.world.size > 1:
@@ -894,7 +893,6 @@ class Hyperparameters:
         Stage(348 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0,), 16_384),
         Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0,)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
-
     layers: str = "sep svp svp lox sx sep - sx= svh svh lvho"
     """a word per layer: s or l attends with the short or long window, - does not, e adds the token's embedding (in two
     layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream after
@@ -1053,8 +1051,7 @@ class Run:
             looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # empty yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
-        for place, x in zip(places, batch):
-            place.copy_(x)
+        torch._foreach_copy_(places, batch)
         graph.replay()
         for parts, new in looked_up:
             parts += [(rows.clone(), grad.clone()) for rows, grad in new]
@@ -1221,12 +1218,15 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: leaves attention's, MLPs', recurrences' kernels on disk, 14 s of work (H100)."""
+    """In a process beside the run's: leaves attention's, MLPs', recurrences', the optimiser's kernels on disk."""
     world, data = World(), Dataset(args.data)
     choose_attention(args.attention, world.device)
     model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
     tokens, borders = torch.arange(2048, device=world.device), torch.arange(0, 2049, 64, device=world.device)
     model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
+    torch._inductor.config.triton.autotune_pointwise = False  # as in warm_up: another setting is another kernel
+    for bank in Optimizer(model.param_groups(), world, compile=True).banks.values():
+        bank.update(1, 0.0, 0.9)
 
 def main():
     rank, beside, code = int(os.environ.get("RANK", 0)), None, 0
@@ -1235,7 +1235,7 @@ def main():
         if "KERNELS_ONLY" in os.environ:
             return compile_kernels(args)
         if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
-            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"}
+            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1"}
             beside = subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], env=env, stdout=null, stderr=null)
         Run(args, World(), beside).train()
     except (UserError, FloatingPointError) as error:
