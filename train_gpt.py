@@ -301,7 +301,8 @@ class Bank:
 
     def reset(self):
         self.master.copy_(self.own)
-        torch._foreach_zero_([self.grads, *self.state.values()])
+        for tensor in (self.grads, *self.state.values()):
+            tensor.zero_()
 
     def reduce(self):
         if self.world.size > 1:
@@ -413,9 +414,6 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
-# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
-# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
-
 def reference_blocks(q, k, cu_seqlens, longest, window, scale, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
@@ -471,6 +469,8 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
         dout, q, k, v, out, lse, borders, borders, longest, longest, 0.0, False, *no_dropout, scale=scale,
         window_size_left=window - 1, window_size_right=0)
 
+# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
+# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
     "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
@@ -903,7 +903,6 @@ class Hyperparameters:
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never): -0.254 (16M)
-
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
     lr_floor: float = 0.15  # learning-rate factor after the cooldown
     muon_lr: float = 0.023  # matrices, times sqrt(rows / columns) if tall; the MLP's output twice that
@@ -1051,7 +1050,8 @@ class Run:
             looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # empty yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
-        torch._foreach_copy_(places, batch)
+        for place, x in zip(places, batch):
+            place.copy_(x)
         graph.replay()
         for parts, new in looked_up:
             parts += [(rows.clone(), grad.clone()) for rows, grad in new]

@@ -306,7 +306,8 @@ class Bank:
 
     def reset(self):
         self.master.copy_(self.own)
-        torch._foreach_zero_([self.grads, *self.state.values()])
+        for tensor in (self.grads, *self.state.values()):
+            tensor.zero_()
 
     def reduce(self):
         if self.world.size > 1:
@@ -418,9 +419,6 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
-# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
-# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
-
 def reference_blocks(q, k, cu_seqlens, longest, window, scale, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
@@ -476,6 +474,8 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
         dout, q, k, v, out, lse, borders, borders, longest, longest, 0.0, False, *no_dropout, scale=scale,
         window_size_left=window - 1, window_size_right=0)
 
+# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
+# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
     "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
@@ -1684,7 +1684,8 @@ class Run:
             looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # empty yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
-        torch._foreach_copy_(places, batch)
+        for place, x in zip(places, batch):
+            place.copy_(x)
         graph.replay()
         for parts, new in looked_up:
             parts += [(rows.clone(), grad.clone()) for rows, grad in new]
