@@ -67,7 +67,7 @@ class World:
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         if self.gpu:
             torch.cuda.set_device(self.device)
-        if self.size > 1 and "KERNELS_ONLY" not in os.environ:
+        if self.size > 1:
             dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -419,6 +419,9 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels [same]
 # ----------------------------------------------------------------------------------------------------------------------
+# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
+# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
+
 def reference_blocks(q, k, cu_seqlens, longest, window, scale, block=256):
     """Yields (queries, keys, scores (H, queries, keys)), `block` queries at a time; fp32, or fp64 for fp64 inputs."""
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
@@ -474,8 +477,6 @@ def torch_backward(dout, q, k, v, out, lse, borders, longest, window, scale):
         dout, q, k, v, out, lse, borders, borders, longest, longest, 0.0, False, *no_dropout, scale=scale,
         window_size_left=window - 1, window_size_right=0)
 
-# A backend is a forward (q, k, v, *mask) -> (out, lse (H, T)) and a backward (dout, q, k, v, out, lse, *mask) -> (dq,
-# dk, dv), with shapes as in varlen_attention; the mask is its other arguments, cu_seqlens and three numbers.
 ATTENTION_BACKENDS = {  # fastest first: (forward, backward, module that must import, oldest GPU that will do)
     "flash-attn-4": (flash_attn_forward, flash_attn_backward, "flash_attn.cute.interface", (9, 0)),
     "torch": (torch_forward, torch_backward, "torch", (8, 0)),
@@ -1852,15 +1853,12 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: leaves attention's, MLPs', recurrences', the optimiser's kernels on disk."""
+    """In a process beside the run's: leaves attention's, MLPs', recurrences' kernels on disk, 14 s of work (H100)."""
     world, data = World(), Dataset(args.data)
     choose_attention(args.attention, world.device)
     model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
     tokens, borders = torch.arange(2048, device=world.device), torch.arange(0, 2049, 64, device=world.device)
     model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
-    torch._inductor.config.triton.autotune_pointwise = False  # as in warm_up: another setting is another kernel
-    for bank in Optimizer(model.param_groups(), world, compile=True).banks.values():
-        bank.update(1, 0.0, 0.9)
 
 def main():
     rank, beside, code = int(os.environ.get("RANK", 0)), None, 0
@@ -1869,7 +1867,7 @@ def main():
         if "KERNELS_ONLY" in os.environ:
             return compile_kernels(args)
         if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
-            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1"}
+            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"}
             beside = subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], env=env, stdout=null, stderr=null)
         Run(args, World(), beside).train()
     except (UserError, FloatingPointError) as error:
