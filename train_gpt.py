@@ -1023,7 +1023,7 @@ class Run:
         for function, size, stage in [*passes, (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
             borders = torch.linspace(0, size, 64 * max(1, size // 16_384), device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
-            batch = *(torch.randint(self.data.vocab_size, (size,), device=self.world.device) for _ in "xy"), borders
+            batch = *(torch.randint(self.data.vocab_size, (size,), device=self.world.device) for _ in range(2)), borders
             function(*batch, stage)  # compiles
             self.graphed(function, batch, stage)  # captures
         self.optimizer.step(1, 0.0, 0.9)
