@@ -62,7 +62,7 @@ class World:
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         if self.gpu:
             torch.cuda.set_device(self.device)
-        if self.size > 1:
+        if self.size > 1 and "BESIDE" not in os.environ:
             dist.init_process_group("nccl" if self.gpu else "gloo", device_id=self.device if self.gpu else None)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -301,8 +301,7 @@ class Bank:
 
     def reset(self):
         self.master.copy_(self.own)
-        for tensor in (self.grads, *self.state.values()):
-            tensor.zero_()
+        torch._foreach_zero_([self.grads, *self.state.values()])
 
     def reduce(self):
         if self.world.size > 1:
@@ -894,7 +893,6 @@ class Hyperparameters:
         Stage(348 / 1285, 393_216, 2048, (640, 1408), 1.73, (1.0,), 16_384),
         Stage(90 / 1285, 393_216, 2048, (768, 1664), 1.73, (1.0,)))
     val_windows: tuple[int, int] = (768, 2560)  # short and long attention window at validation
-
     layers: str = "sep svp svp lox sx sep - sx= svh svh lvho"
     """a word per layer: s or l attends with the short or long window, - does not, e adds the token's embedding (in two
     layers, not all: steps 1.8% shorter, loss -0.002 at 24M tokens), v has a value embedding, = holds the stream after
@@ -905,7 +903,6 @@ class Hyperparameters:
     num_heads: int = 6  # attention heads
     bigram_rows: int = 377_280  # of the table of hashed pairs of tokens (0: none): loss -0.078 (20M tokens)
     tied_until: float = 0.667  # part of the run in which embedding and head are one matrix (0: never): -0.254 (16M)
-
     cooldown: tuple[float, float] = (0.395, 0.988)  # parts of the run where the learning rate begins and ends its fall
     lr_floor: float = 0.15  # learning-rate factor after the cooldown
     muon_lr: float = 0.023  # matrices, times sqrt(rows / columns) if tall; the MLP's output twice that
@@ -974,8 +971,8 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-    def __init__(self, args: "Hyperparameters", world: World, beside: subprocess.Popen | None = None):
-        self.args, self.world, self.beside = args, world, beside  # which compiles kernels
+    def __init__(self, args: "Hyperparameters", world: World, beside: tuple[subprocess.Popen, ...] = ()):
+        self.args, self.world, self.beside = args, world, beside  # which compile too
         self.flags = json.loads(json.dumps(asdict(args)))  # as JSON knows them
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
         self.attention = choose_attention(args.attention, world.device)
@@ -996,7 +993,7 @@ class Run:
         self.val_stages = [self.model.stage_inputs(index, validation=True) for index in range(4)]
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if world.gpu else None
         self.tables = [bank.table for bank in self.optimizer.banks.values() if isinstance(bank, RowBank)]
-        if world.rank == 0:
+        if world.rank == 0 and "BESIDE" not in os.environ:
             name = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}_{SCRIPT.stem}_{os.urandom(4).hex()}.txt"
             try:
                 Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -1011,27 +1008,55 @@ class Run:
             if console:
                 print(text, flush=True)
 
-    def warm_up(self):
-        """Compiles all, and captures the CUDA graphs of all stages, on random tokens. Then weights are fresh again."""
+    def calls(self) -> list[tuple]:
+        """Sets the compiler up. Returns all that it must compile: (function, a batch of random tokens, stage)."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._dynamo.config.run_gc_after_compile = False  # 2.6 of 21.0 s of a warm start (H100)
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
-        for block in self.model.blocks:  # apart, so that those of one kind share a graph: 73.5 s, not 96.8 (H100)
-            block.compile(dynamic=False, fullgraph=True)
-        passes = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
-                  for row, stage in zip(self.args.stages, self.stages)]
+        passes, calls = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
+                         for row, stage in zip(self.args.stages, self.stages)], []
         for function, size, stage in [*passes, (self.model, self.args.val_row_tokens, self.val_stages[-1])]:
             borders = torch.linspace(0, size, 64 * max(1, size // 16_384), device=self.world.device).int()
             torch._dynamo.mark_dynamic(borders, 0)  # the number of documents varies, and must not recompile
-            batch = *(torch.randint(self.data.vocab_size, (size,), device=self.world.device) for _ in range(2)), borders
-            function(*batch, stage)  # compiles
-            self.graphed(function, batch, stage)  # captures
+            tokens, targets = torch.randint(self.data.vocab_size, (2, size), device=self.world.device)
+            calls.append((function, (tokens, targets, borders), stage))
+        return calls
+
+    def warm_up(self):
+        """Compiles all, and captures the CUDA graphs of all stages, on random tokens. Then weights are fresh again."""
+        calls = self.calls()
+        for block in self.model.blocks:  # apart, so that those of one kind share a graph: 73.5 s, not 96.8 (H100)
+            block.compile(dynamic=False, fullgraph=True)
+        for function, batch, stage in calls:  # all before the graphs take their memory: 43 GiB at the most, not 63
+            function(*batch, stage)
+        for call in calls:
+            self.graphed(*call)
         self.optimizer.step(1, 0.0, 0.9)
-        if self.beside:
-            self.beside.kill()  # if it is late: all kernels have been needed by now
+        for process in self.beside:
+            process.kill()  # if it is late: all has been needed by now
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
+
+    def compile_beside(self, task: str):
+        """In a process beside the run's, leaves on disk the kernels of attention, MLPs, recurrences and optimiser, or
+        the blocks, from the last kind on, while the run compiles them from the first on."""
+        calls, inputs = self.calls(), []
+        if task == "kernels":
+            tokens, _, borders = calls[0][1]
+            self.model.hidden(tokens[:2048], borders.clamp(max=2048), self.stages[0])[0].sum().backward()
+            for bank in self.optimizer.banks.values():
+                if not isinstance(bank, RowBank):  # whose kernel is Triton's
+                    bank.update(1, 0.0, 0.9)
+            return
+        watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):  # no backward pass will need any
+            for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
+                self.model.hidden(tokens, borders, stage)
+        watch.remove()
+        for block, given in reversed(inputs):
+            block.compile(dynamic=False, fullgraph=True)
+            block(*given)
 
     def gradients(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage) -> Tensor:
         """Adds the gradients of a micro-batch to the banks'. Returns its part of the step's loss, 0-D fp32."""
@@ -1053,8 +1078,7 @@ class Run:
             looked_up = [(parts, [parts.pop() for _ in range(len(parts) - n)]) for parts, n in earlier]  # empty yet
             self.graphs[key] = graph, places, result, looked_up
         graph, places, result, looked_up = self.graphs[key]
-        for place, x in zip(places, batch):
-            place.copy_(x)
+        torch._foreach_copy_(places, batch)
         graph.replay()
         for parts, new in looked_up:
             parts += [(rows.clone(), grad.clone()) for rows, grad in new]
@@ -1220,23 +1244,16 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     default = PRESETS.get(preset[1] if preset else "speedrun", PRESETS["speedrun"])
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
-def compile_kernels(args: "Hyperparameters"):
-    """In a process beside the run's: leaves attention's, MLPs', recurrences' kernels on disk, 14 s of work (H100)."""
-    world, data = World(), Dataset(args.data)
-    choose_attention(args.attention, world.device)
-    model = Model(replace(args, bigram_rows=0), data.vocab_size, world.device, world.dtype)
-    tokens, borders = torch.arange(2048, device=world.device), torch.arange(0, 2049, 64, device=world.device)
-    model.hidden(tokens % data.vocab_size, borders.int(), model.stage_inputs(0))[0].sum().backward()
-
 def main():
-    rank, beside, code = int(os.environ.get("RANK", 0)), None, 0
+    rank, beside, code = int(os.environ.get("RANK", 0)), [], 0
     try:
         args = parse_args(sys.argv[1:], quiet=rank > 0)
-        if "KERNELS_ONLY" in os.environ:
-            return compile_kernels(args)
+        if task := os.environ.get("BESIDE"):
+            return Run(replace(args, bigram_rows=min(args.bigram_rows, 2)), World()).compile_beside(task)
         if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
-            null, env = subprocess.DEVNULL, os.environ | {"KERNELS_ONLY": "1", "WORLD_SIZE": "1"}
-            beside = subprocess.Popen([sys.executable, SCRIPT, *sys.argv[1:]], env=env, stdout=null, stderr=null)
+            null, command = subprocess.DEVNULL, [sys.executable, SCRIPT, *sys.argv[1:]]
+            beside = [subprocess.Popen(command, env=os.environ | {"BESIDE": task}, stdout=null, stderr=null)
+                      for task in ("kernels", "blocks")]
         Run(args, World(), beside).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1

@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,11 +308,21 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
     assert len(run.graphs) == 6
 
 
-# Kernels that a process beside the run compiles -----------------------------------------------------------------------
+# What processes beside the run compile --------------------------------------------------------------------------------
+
+
+def beside(script, others, data, monkeypatch, task, ranks=1):
+    """Does a task in this process, as one beside a run of so many ranks: without a process group, and without a log."""
+    monkeypatch.setenv("BESIDE", task)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    flags = [*FLAGS, *others, "--data", str(data), "--attention", "reference", "--out", "/dev/null/no"]
+    run = script.Run(script.parse_args(flags), script.World())
+    run.compile_beside(task)
+    return run
 
 
 @SCRIPTS
-def test_the_process_beside_a_run_calls_every_kernel_forward_and_backward(script, others, data, monkeypatch):
+def test_a_process_beside_the_run_calls_every_kernel_forward_and_backward(script, others, data, monkeypatch):
     calls = []
 
     def counted(name, function):
@@ -326,9 +337,7 @@ def test_the_process_beside_a_run_calls_every_kernel_forward_and_backward(script
         monkeypatch.setattr(hybrid, "recurrence_in_use", {
             kind: counted(kind, function) for kind, function in hybrid.recurrence_in_use.items()})
         monkeypatch.setattr(hybrid, "choose_recurrence", lambda *_: "reference")
-    args = script.parse_args([*FLAGS, *others, "--data", str(data), "--attention", "reference"])
-    script.compile_kernels(args)
-    blocks = script.Model(args, 257, torch.device("cpu"), torch.float32).blocks
+    blocks = beside(script, others, data, monkeypatch, "kernels").model.blocks
     attend = [getattr(block, "attends", True) for block in blocks]
     assert calls.count("forward") == calls.count("backward") >= sum(attend) > 1 and calls.count("mlp") == len(blocks)
     if script is hybrid:
@@ -336,39 +345,105 @@ def test_the_process_beside_a_run_calls_every_kernel_forward_and_backward(script
         assert calls.count(kind) == len(blocks) and calls.count("short convolution") >= len(blocks)
 
 
-@pytest.mark.parametrize("gpu, flag, rank, per_node, beside", [
-    (True, "--compile", 0, 8, True), (True, "--compile", None, None, True), (True, "--compile", 1, 8, False),
-    (True, "--compile", 8, 8, True), (True, "--no-compile", 0, 8, False), (False, "--compile", 0, 8, False)])
-def test_one_process_of_a_machine_with_gpus_has_another_compile_kernels(
-        gpu, flag, rank, per_node, beside, data, tmp_path, monkeypatch):
+def about(x):
+    """What a compiled graph depends on of an input."""
+    if isinstance(x, torch.Tensor):
+        dynamic = getattr(x, "_dynamo_dynamic_indices", set())
+        shape = [None if i in dynamic else n for i, n in enumerate(x.shape)]
+        return shape, x.stride(), x.dtype, x.device, x.requires_grad
+    return [about(y) for y in x] if isinstance(x, tuple) else x
+
+
+@SCRIPTS
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_beside_the_run_compiles_the_optimiser_for_what_a_rank_owns(
+        ranks, script, others, data, new_run, monkeypatch):
+    """The same functions of the same shapes as a run with so many ranks: else the run would not find them on disk."""
+    called, settings = [], torch._inductor.config.triton
+
+    def compiled(function, **options):
+        def call(*inputs):
+            called.append((function.__name__, settings.autotune_pointwise, options, [about(x) for x in inputs]))
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    flags = [*others, "--compile", "--row-tokens", "32"]
+    run, world = new_run(script, flags), SimpleNamespace(rank=0, size=ranks)
+    with torch._inductor.config.patch("triton.autotune_pointwise", True):
+        run.calls()  # sets the compiler up
+        for bank in script.Optimizer(run.model.param_groups(), world, compile=True).banks.values():
+            if not isinstance(bank, script.RowBank):  # its kernel is Triton's
+                bank.update(1, 0.0, 0.9)
+    wanted, called[:] = called[:], []
+    with torch._inductor.config.patch("triton.autotune_pointwise", True):
+        beside(script, flags, data, monkeypatch, "kernels", ranks)
+    assert called == wanted and len(called) > 1
+    assert {(name, autotune) for name, autotune, *_ in called} == {("normuon_update", False)}
+
+
+@SCRIPTS
+@pytest.mark.parametrize("tokens", [128, 192, 256], ids=lambda tokens: f"micro-batches of {tokens}")
+def test_a_process_beside_the_run_compiles_the_blocks_from_the_last_on(
+        tokens, script, others, data, new_run, monkeypatch):
+    """For inputs as the run's, which would not find them on disk otherwise; for each size of a micro-batch."""
+    called, compiled, flags = [], [], [*others, "--compile", "--micro-batch-tokens", str(tokens)]
+    monkeypatch.setattr(script.Block, "compile", lambda block, **options: compiled.append((len(called), options)))
+
+    def see(module, inputs):
+        if isinstance(module, script.Block):
+            called.append([*dict(module.named_parameters()), *map(about, inputs)])
+
+    watch = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        run, seen, wanted = new_run(script, flags), set(), []
+        for function, batch, stage in run.calls():
+            called.clear()
+            function(*batch, stage)
+            if len(batch[0]) not in seen:
+                seen.add(len(batch[0]))
+                wanted += called
+        called.clear()
+        beside(script, flags, data, monkeypatch, "blocks")
+    finally:
+        watch.remove()
+    assert called == [*wanted, *reversed(wanted)]  # once to see the inputs
+    assert compiled == [(len(wanted) + i, {"dynamic": False, "fullgraph": True}) for i in range(len(wanted))]
+
+
+@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [
+    (True, "--compile", 0, 8, 2), (True, "--compile", None, None, 2), (True, "--compile", 1, 8, 0),
+    (True, "--compile", 8, 8, 2), (True, "--no-compile", 0, 8, 0), (False, "--compile", 0, 8, 0)])
+def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
+        gpu, flag, rank, per_node, count, data, tmp_path, monkeypatch):
     started, trained, compiled = [], [], []
     monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, **options: started.append((argv, options)) or options)
     monkeypatch.setattr(gpt, "World", lambda: None)
-    monkeypatch.setattr(gpt, "Run", lambda args, world, other: SimpleNamespace(
-        train=lambda: trained.append((args, other))))
-    monkeypatch.setattr(gpt, "compile_kernels", compiled.append)
+    monkeypatch.setattr(gpt, "Run", lambda args, world, others=(): SimpleNamespace(
+        train=lambda: trained.append((args, others)), compile_beside=lambda task: compiled.append((args, task))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     environment = {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "WORLD_SIZE": 16 if per_node else None,
-                   "LOCAL_RANK": 0 if per_node else None, "KERNELS_ONLY": None}  # run.sh: each sees one GPU, its 0th
+                   "LOCAL_RANK": 0 if per_node else None, "BESIDE": None}  # run.sh: each sees one GPU, its 0th
     for name, value in environment.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--out", str(tmp_path), flag])
     with pytest.raises(SystemExit) as end:
         gpt.main()
-    assert end.value.code == 0 and len(trained) == 1 and len(started) == beside and not compiled
-    if beside:  # as that process would go on
-        (argv, options), = started
-        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and options["env"]["WORLD_SIZE"] == "1"
-        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL and trained[0][1] is options
-        monkeypatch.setenv("KERNELS_ONLY", options["env"]["KERNELS_ONLY"])
-        gpt.main()
-        assert len(trained) == len(started) == 1 and compiled == [trained[0][0]]
+    assert end.value.code == 0 and len(trained) == 1 and len(started) == count and not compiled
+    for argv, options in started:  # as that process would go on
+        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and options in trained[0][1]
+        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL
+        assert {**options["env"], "BESIDE": None} == {**gpt.os.environ, "BESIDE": None}  # ranks as the run's
+        with monkeypatch.context() as its:
+            its.setenv("BESIDE", options["env"]["BESIDE"])
+            gpt.main()
+    args = replace(trained[0][0], bigram_rows=2)  # memory for the run
+    assert len(trained) == 1 and compiled == [(args, task) for task in ("kernels", "blocks")[:count]]
 
 
-def test_the_process_beside_a_run_ends_before_the_clock_starts(new_run):
+def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run):
     run = new_run(gpt, ["--layers", "sev= le -e levh"], "--compile")
     for block in run.model.blocks:
         block.compile = lambda **_: None
-    run.beside = gpt.subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    run.beside = [gpt.subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
     run.warm_up()
-    assert run.beside.wait(timeout=10) < 0
+    assert all(process.wait(timeout=10) < 0 for process in run.beside)
