@@ -1027,7 +1027,7 @@ class Run:
         calls = self.calls()
         for block in self.model.blocks:  # apart, so that those of one kind share a graph: 73.5 s, not 96.8 (H100)
             block.compile(dynamic=False, fullgraph=True)
-        for function, batch, stage in calls:  # all before the graphs take their memory: 43 GiB at the most, not 63
+        for function, batch, stage in calls:  # all before graphs take their memory: 44 GiB, not 63 (Dragon)
             function(*batch, stage)
         for call in calls:
             self.graphed(*call)
@@ -1040,15 +1040,16 @@ class Run:
 
     def compile_beside(self, task: str):
         """In a process beside the run's, leaves on disk the kernels of attention, MLPs, recurrences and optimiser, or
-        the blocks, from the last kind on, while the run compiles them from the first on."""
-        calls, inputs = self.calls(), []
+        the blocks, from the last on, while the run compiles them from the first on: 72.6 s, not 81.1 (Dragon, H100)."""
         if task == "kernels":
-            tokens, _, borders = calls[0][1]
-            self.model.hidden(tokens[:2048], borders.clamp(max=2048), self.stages[0])[0].sum().backward()
+            index = torch.arange(2049, device=self.world.device)
+            self.model.hidden(index[:-1] % self.data.vocab_size, index[::64].int(), self.stages[0])[0].sum().backward()
+            self.calls()  # not sooner: the compiler's import takes seconds, in which the run would come to need kernels
             for bank in self.optimizer.banks.values():
                 if not isinstance(bank, RowBank):  # whose kernel is Triton's
                     bank.update(1, 0.0, 0.9)
             return
+        calls, inputs = self.calls(), []
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
         with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):  # no backward pass will need any
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
@@ -1249,7 +1250,8 @@ def main():
     try:
         args = parse_args(sys.argv[1:], quiet=rank > 0)
         if task := os.environ.get("BESIDE"):
-            return Run(replace(args, bigram_rows=min(args.bigram_rows, 2)), World()).compile_beside(task)
+            less = {"bigram_rows": min(args.bigram_rows, 2), "val_tokens": args.val_row_tokens, "resume": None}
+            return Run(replace(args, **less), World()).compile_beside(task)
         if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
             null, command = subprocess.DEVNULL, [sys.executable, SCRIPT, *sys.argv[1:]]
             beside = [subprocess.Popen(command, env=os.environ | {"BESIDE": task}, stdout=null, stderr=null)
