@@ -1683,7 +1683,7 @@ class Run:
                 if not isinstance(bank, RowBank):  # whose kernel is Triton's
                     bank.update(1, 0.0, 0.9)
             return
-        calls, inputs = self.calls(), []
+        calls, inputs, self.optimizer = self.calls(), [], None
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
         with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):  # no backward pass will need any
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
@@ -1886,7 +1886,8 @@ def main():
         if task := os.environ.get("BESIDE"):
             less = {"bigram_rows": min(args.bigram_rows, 2), "val_tokens": args.val_row_tokens, "resume": None}
             return Run(replace(args, **less), World()).compile_beside(task)
-        if args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0:
+        first = args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
+        if first and torch.cuda.mem_get_info()[1] > 75e9:  # bytes: two processes more take 15e9 while the run starts
             null, command = subprocess.DEVNULL, [sys.executable, SCRIPT, *sys.argv[1:]]
             beside = [subprocess.Popen(command, env=os.environ | {"BESIDE": task}, stdout=null, stderr=null)
                       for task in ("kernels", "blocks")]

@@ -410,9 +410,10 @@ def test_a_process_beside_the_run_compiles_the_blocks_from_the_last_on(
     assert compiled == [(len(wanted) + i, {"dynamic": False, "fullgraph": True}) for i in range(len(wanted))]
 
 
-@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [
-    (True, "--compile", 0, 8, 2), (True, "--compile", None, None, 2), (True, "--compile", 1, 8, 0),
-    (True, "--compile", 8, 8, 2), (True, "--no-compile", 0, 8, 0), (False, "--compile", 0, 8, 0)])
+@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [  # gpu: bytes of memory, 0 for none
+    (80e9, "--compile", 0, 8, 2), (80e9, "--compile", None, None, 2), (80e9, "--compile", 1, 8, 0),
+    (80e9, "--compile", 8, 8, 2), (80e9, "--no-compile", 0, 8, 0), (40e9, "--compile", 0, 8, 0),
+    (0, "--compile", 0, 8, 0)])
 def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
         gpu, flag, rank, per_node, count, data, tmp_path, monkeypatch):
     started, trained, compiled = [], [], []
@@ -420,7 +421,8 @@ def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
     monkeypatch.setattr(gpt, "World", lambda: None)
     monkeypatch.setattr(gpt, "Run", lambda args, world, others=(): SimpleNamespace(
         train=lambda: trained.append((args, others)), compile_beside=lambda task: compiled.append((args, task))))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gpu))
     environment = {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "WORLD_SIZE": 16 if per_node else None,
                    "LOCAL_RANK": 0 if per_node else None, "BESIDE": None}  # run.sh: each sees one GPU, its 0th
     for name, value in environment.items():
