@@ -313,7 +313,7 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
 
 def beside(script, others, data, monkeypatch, task, ranks=1):
     """Does a task in this process, as one beside a run of so many ranks: without a process group, and without a log."""
-    monkeypatch.setenv("BESIDE", task)
+    monkeypatch.setenv("COMPILE_BESIDE", task)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     flags = [*FLAGS, *others, "--data", str(data), "--attention", "reference", "--out", "/dev/null/no"]
     run = script.Run(script.parse_args(flags), script.World())
@@ -410,21 +410,22 @@ def test_a_process_beside_the_run_compiles_the_blocks_from_the_last_on(
     assert compiled == [(len(wanted) + i, {"dynamic": False, "fullgraph": True}) for i in range(len(wanted))]
 
 
-@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [  # gpu: bytes of memory, 0 for none
+@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [  # gpu: free bytes of its memory, 0: there is none
     (80e9, "--compile", 0, 8, 2), (80e9, "--compile", None, None, 2), (80e9, "--compile", 1, 8, 0),
     (80e9, "--compile", 8, 8, 2), (80e9, "--no-compile", 0, 8, 0), (40e9, "--compile", 0, 8, 0),
     (0, "--compile", 0, 8, 0)])
 def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
         gpu, flag, rank, per_node, count, data, tmp_path, monkeypatch):
-    started, trained, compiled = [], [], []
+    started, trained, compiled, limits = [], [], [], []
     monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, **options: started.append((argv, options)) or options)
     monkeypatch.setattr(gpt, "World", lambda: None)
     monkeypatch.setattr(gpt, "Run", lambda args, world, others=(): SimpleNamespace(
         train=lambda: trained.append((args, others)), compile_beside=lambda task: compiled.append((args, task))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gpu))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu, 80e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     environment = {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "WORLD_SIZE": 16 if per_node else None,
-                   "LOCAL_RANK": 0 if per_node else None, "BESIDE": None}  # run.sh: each sees one GPU, its 0th
+                   "LOCAL_RANK": 0 if per_node else None, "COMPILE_BESIDE": None}  # run.sh: each sees one GPU, its 0th
     for name, value in environment.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
     flags = [*FLAGS, "--data", str(data), "--out", str(tmp_path), "--resume", "x", flag]
@@ -435,12 +436,14 @@ def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
     for argv, options in started:  # as that process would go on
         assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and options in trained[0][1]
         assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL
-        assert {**options["env"], "BESIDE": None} == {**gpt.os.environ, "BESIDE": None}  # ranks as the run's
-        with monkeypatch.context() as its:
-            its.setenv("BESIDE", options["env"]["BESIDE"])
+        its = options["env"].pop("COMPILE_BESIDE")
+        assert options["env"] == gpt.os.environ  # ranks as the run's
+        with monkeypatch.context() as environment:
+            environment.setenv("COMPILE_BESIDE", its)
             gpt.main()
     args = replace(trained[0][0], bigram_rows=2, val_tokens=256, resume=None)  # which takes less memory and time
     assert len(trained) == 1 and compiled == [(args, task) for task in ("kernels", "blocks")[:count]]
+    assert limits == [0.2] * count
 
 
 def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run):
