@@ -453,3 +453,25 @@ def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run):
     run.beside = [gpt.subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
     run.warm_up()
     assert all(process.wait(timeout=10) < 0 for process in run.beside)
+
+
+def test_a_run_that_fails_ends_the_processes_beside_it(data, monkeypatch):
+    started = []
+
+    def fail(*_):
+        raise gpt.UserError("something to mend")
+
+    def start(*_, popen=gpt.subprocess.Popen, **options):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[-1]
+
+    monkeypatch.setattr(gpt.subprocess, "Popen", start)
+    monkeypatch.setattr(gpt, "World", lambda: None)
+    monkeypatch.setattr(gpt, "Run", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--compile"])
+    with pytest.raises(SystemExit) as end:
+        gpt.main()
+    assert end.value.code == 2 and len(started) == 2
+    assert all(process.wait(timeout=10) < 0 for process in started)
