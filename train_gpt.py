@@ -18,6 +18,8 @@ import time
 process_start = time.perf_counter()
 
 import bisect
+import contextlib
+import functools
 import gc
 import hashlib
 import importlib
@@ -38,12 +40,25 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batch
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take 7 s to compile: once
 gc.disable()  # until the clock starts: imports and tracing make objects that stay (0.5 s off the imports)
 
+def start_beside() -> list[subprocess.Popen]:
+    """Where there is an NVIDIA GPU, the processes that compile beside this one: see Run.compile_beside."""
+    rank, per_machine = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if "COMPILE_BESIDE" in os.environ or not os.path.exists("/dev/nvidiactl"):
+        return []
+    null, command = subprocess.DEVNULL, [sys.executable, *sys.argv]
+    return [subprocess.Popen(command, env=os.environ | {"COMPILE_BESIDE": task}, stdout=null, stderr=null)
+            for task in ("blocks", "kernels", "optimiser")[:1 if rank % per_machine else 3]]
+
+beside = start_beside() if __name__ == "__main__" else []  # now: they import torch, which takes 3 to 5 s
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Setup [same]
@@ -1011,6 +1026,8 @@ class Run:
         """Sets the compiler up. Returns all that it must compile: (function, a batch of random tokens, stage)."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._dynamo.config.run_gc_after_compile = False  # 2.6 of 21.0 s of a warm start (H100)
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # MLPs, and so all blocks: those
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # found on disk take 0.8 s, not 2.7 (H100)
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         passes, calls = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
                          for row, stage in zip(self.args.stages, self.stages)], []
@@ -1038,24 +1055,43 @@ class Run:
             bank.reset()
 
     def compile_beside(self, task: str):
-        """In a process beside the run's, leaves on disk the kernels of attention, MLPs, recurrences and optimiser, or
-        the blocks, the last first, because the run begins at the other end: Dragon 72.6 s, not 81.1 (H100)."""
+        """In a process beside the run's, leaves on disk what that will need: the kernels of other packages, or the
+        optimiser, or the blocks, the last first, because the run begins at the other end. Dragon starts in 65 to 72 s,
+        train_gpt.py in 39 (H100, empty caches); with two that ran what they compiled in 73 to 81, 45 to 52."""
+        global gemm_act
         calls, inputs = self.calls(), []
         if task == "kernels":
             tokens, _, borders = calls[0][1]
-            self.model.hidden(tokens[:2048], borders.clamp(max=2048), self.stages[0])[0].sum().backward()
+            return self.model.hidden(tokens[:2048], borders.clamp(max=2048), self.stages[0])[0].sum().backward()
+        if task == "optimiser":
             for bank in self.optimizer.banks.values():
                 if not isinstance(bank, RowBank):  # its kernel is Triton's, which compiles fast
                     bank.update(1, 0.0, 0.9)
             return
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
-        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):  # no backward pass will need any
+        kept, gemm_act = gemm_act, None  # outside a compiled graph it reads data, and
+        with FakeTensorMode(allow_non_fake_inputs=True):  # these tensors have none: so no kernel is waited for
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
                 self.model.hidden(tokens, borders, stage)
+        gemm_act = kept
         watch.remove()
-        for block, given in reversed(inputs):
-            block.compile(dynamic=False, fullgraph=True)
-            block(*given)
+
+        def compile_only(graph, inputs):
+            torch._inductor.compile(graph, inputs)
+            return lambda *_: sys.exit()  # instead of what it compiled, which needs the kernels
+
+        def real(fake: Tensor) -> Tensor:
+            x = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+            for dimension in getattr(fake, "_dynamo_dynamic_indices", ()):
+                torch._dynamo.mark_dynamic(x, dimension)
+            return x.requires_grad_(fake.requires_grad)
+
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine: each has such a process, which starts
+        ahead = len(inputs) * (self.world.rank % ranks) // ranks  # at a place of its own
+        for block, given in reversed(inputs[-ahead:] + inputs[:-ahead]):
+            block.compile(backend=compile_only, dynamic=False, fullgraph=True)
+            with contextlib.suppress(SystemExit):
+                block(*tree_map_only(FakeTensor, functools.cache(real), given))
 
     def gradients(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, stage) -> Tensor:
         """Adds the gradients of a micro-batch to the banks'. Returns its part of the step's loss, 0-D fp32."""
@@ -1244,19 +1280,16 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
     return tyro.cli(Hyperparameters, default=default, args=argv, console_outputs=not quiet, description=__doc__.strip())
 
 def main():
-    rank, beside, code = int(os.environ.get("RANK", 0)), [], 0
+    rank, code = int(os.environ.get("RANK", 0)), 0
     try:
-        args = parse_args(sys.argv[1:], quiet=rank > 0)
+        args, world = parse_args(sys.argv[1:], quiet=rank > 0), World()
         if task := os.environ.get("COMPILE_BESIDE"):
-            torch.cuda.set_per_process_memory_fraction(0.2)  # a model that needs more leaves no room for it
-            args = replace(args, bigram_rows=min(args.bigram_rows, 2), val_tokens=args.val_row_tokens, resume=None)
-            return Run(args, World()).compile_beside(task)
-        first = args.compile and torch.cuda.is_available() and rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
-        if first and torch.cuda.mem_get_info()[0] > 75e9:  # free bytes: two more take 12e9 while a default run starts
-            null, command = subprocess.DEVNULL, [sys.executable, SCRIPT, *sys.argv[1:]]
-            beside = [subprocess.Popen(command, env=os.environ | {"COMPILE_BESIDE": task}, stdout=null, stderr=null)
-                      for task in ("kernels", "blocks")]
-        Run(args, World(), beside).train()
+            if args.compile and world.gpu and torch.cuda.mem_get_info()[0] > 50e9:  # bytes free
+                torch.cuda.set_per_process_memory_fraction(0.2)  # a model that needs more leaves no room for it
+                args = replace(args, bigram_rows=min(args.bigram_rows, 2), val_tokens=args.val_row_tokens, resume=None)
+                Run(args, world).compile_beside(task)
+            return
+        Run(args, world, beside).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
         for process in beside:

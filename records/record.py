@@ -225,7 +225,9 @@ def compile_settings(source: str) -> set[str]:
         elif isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             if function.split(".")[-1] == "compile" and not function.startswith("re."):
-                found.update(keyword.arg or f"**{ast.unparse(keyword.value)}" for keyword in node.keywords)
+                for keyword in node.keywords:
+                    value, name = ast.unparse(keyword.value), keyword.arg
+                    found.add(f"{name}={value}" if name == "backend" else name or f"**{value}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -311,13 +312,14 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
 # What processes beside the run compile --------------------------------------------------------------------------------
 
 
-def beside(script, others, data, monkeypatch, task, ranks=1):
-    """Does a task in this process, as one beside a run of so many ranks: without a process group, and without a log."""
-    monkeypatch.setenv("COMPILE_BESIDE", task)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+def beside(script, others, data, monkeypatch, task, rank=0, ranks=1):
+    """Builds what a process beside a rank of a run builds, without a process group and without a log; does its task."""
+    for name, value in {"COMPILE_BESIDE": task, "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, str(value))
     flags = [*FLAGS, *others, "--data", str(data), "--attention", "reference", "--out", "/dev/null/no"]
     run = script.Run(script.parse_args(flags), script.World())
-    run.compile_beside(task)
+    if task:
+        run.compile_beside(task)
     return run
 
 
@@ -347,11 +349,9 @@ def test_a_process_beside_the_run_calls_every_kernel_forward_and_backward(script
 
 def about(x):
     """What a compiled graph depends on of an input."""
-    if isinstance(x, torch.Tensor):
-        dynamic = getattr(x, "_dynamo_dynamic_indices", set())
-        shape = [None if i in dynamic else n for i, n in enumerate(x.shape)]
-        return shape, x.stride(), x.dtype, x.device, x.requires_grad
-    return [about(y) for y in x] if isinstance(x, tuple) else x
+    if not isinstance(x, torch.Tensor):
+        return str(x)
+    return *map(str, (*x.shape, *x.stride())), x.dtype, x.device, x.requires_grad
 
 
 @SCRIPTS
@@ -376,102 +376,101 @@ def test_a_process_beside_the_run_compiles_the_optimiser_for_what_a_rank_owns(
                 bank.update(1, 0.0, 0.9)
     wanted, called[:] = called[:], []
     with torch._inductor.config.patch("triton.autotune_pointwise", True):
-        beside(script, flags, data, monkeypatch, "kernels", ranks)
+        beside(script, flags, data, monkeypatch, "optimiser", ranks=ranks)
     assert called == wanted and len(called) > 1
     assert {(name, autotune) for name, autotune, *_ in called} == {("normuon_update", False)}
 
 
 @SCRIPTS
-@pytest.mark.parametrize("tokens", [128, 192, 256], ids=lambda tokens: f"micro-batches of {tokens}")
-def test_a_process_beside_the_run_compiles_the_blocks_from_the_last_on(
-        tokens, script, others, data, new_run, monkeypatch):
-    """For inputs as the run's, which would not find them on disk otherwise; for each size of a micro-batch."""
-    called, compiled, flags = [], [], [*others, "--compile", "--micro-batch-tokens", str(tokens)]
-    monkeypatch.setattr(script.Block, "compile", lambda block, **options: compiled.append((len(called), options)))
+@pytest.mark.parametrize("tokens, ranks", [(128, 1), (96, 2)])
+def test_a_process_beside_the_run_compiles_the_blocks_without_running_them(
+        tokens, ranks, script, others, data, monkeypatch):
+    """For each size of a micro-batch the graphs of the run, of inputs like the run's, which would not find them on
+    disk otherwise: the last first, and beside another rank from the middle on."""
+    graphs, flags = [], [*others, "--compile", "--row-tokens", "32", "--micro-batch-tokens", str(tokens)]
 
-    def see(module, inputs):
-        if isinstance(module, script.Block):
-            called.append([*dict(module.named_parameters()), *map(about, inputs)])
+    def see(graph, inputs):
+        if (kind := (graph.code, [about(x) for x in inputs])) not in graphs:
+            graphs.append(kind)
+        return graph.forward
 
-    watch = torch.nn.modules.module.register_module_forward_pre_hook(see)
-    try:
-        run, seen, wanted = new_run(script, flags), set(), []
-        for function, batch, stage in run.calls():
-            called.clear()
-            function(*batch, stage)
-            if len(batch[0]) not in seen:
-                seen.add(len(batch[0]))
-                wanted += called
-        called.clear()
-        beside(script, flags, data, monkeypatch, "blocks")
-    finally:
-        watch.remove()
-    assert called == [*wanted, *reversed(wanted)]  # once to see the inputs
-    assert compiled == [(len(wanted) + i, {"dynamic": False, "fullgraph": True}) for i in range(len(wanted))]
+    run = beside(script, flags, data, monkeypatch, "", ranks=ranks)
+    for block in run.model.blocks:
+        block.compile(backend=see, dynamic=False, fullgraph=True)
+    for function, batch, stage in run.calls():
+        function(*batch, stage)
+    wanted, kinds = graphs[:], len(run.model.blocks)
+    assert len(wanted) % kinds == 0 and len(wanted) // kinds == len({len(batch[0]) for _, batch, _ in run.calls()})
+
+    def fused(*_):
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(torch._inductor, "compile", see)
+    monkeypatch.setattr(script, "gemm_act", fused)
+    monkeypatch.setattr(script, "reference_blocks", fused)  # attention
+    for rank in range(ranks):
+        graphs.clear()
+        torch._dynamo.reset()
+        beside(script, flags, data, monkeypatch, "blocks", rank, ranks)
+        ahead = len(wanted) * rank // ranks
+        assert graphs == (wanted[-ahead:] + wanted[:-ahead])[::-1]
+        assert script.gemm_act is fused  # what is compiled has it
 
 
-@pytest.mark.parametrize("gpu, flag, rank, per_node, count", [  # gpu: free bytes of its memory, 0: there is none
-    (80e9, "--compile", 0, 8, 2), (80e9, "--compile", None, None, 2), (80e9, "--compile", 1, 8, 0),
-    (80e9, "--compile", 8, 8, 2), (80e9, "--no-compile", 0, 8, 0), (40e9, "--compile", 0, 8, 0),
-    (0, "--compile", 0, 8, 0)])
-def test_one_process_of_a_machine_with_gpus_has_two_beside_it(
-        gpu, flag, rank, per_node, count, data, tmp_path, monkeypatch):
-    started, trained, compiled, limits = [], [], [], []
+@pytest.mark.parametrize("device, rank, per_node, tasks", [
+    ("/dev/nvidiactl", None, None, ["blocks", "kernels", "optimiser"]),
+    ("/dev/nvidiactl", 0, 8, ["blocks", "kernels", "optimiser"]), ("/dev/nvidiactl", 1, 8, ["blocks"]),
+    ("/dev/nvidiactl", 8, 8, ["blocks", "kernels", "optimiser"]), ("/dev/null", None, None, [])])
+def test_a_run_on_a_gpu_starts_processes_that_compile(device, rank, per_node, tasks, monkeypatch):
+    started = []
     monkeypatch.setattr(gpt.subprocess, "Popen", lambda argv, **options: started.append((argv, options)) or options)
-    monkeypatch.setattr(gpt, "World", lambda: None)
-    monkeypatch.setattr(gpt, "Run", lambda args, world, others=(): SimpleNamespace(
-        train=lambda: trained.append((args, others)), compile_beside=lambda task: compiled.append((args, task))))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
+    monkeypatch.setattr(gpt.os.path, "exists", lambda path: path == device)
+    monkeypatch.setattr(sys, "argv", ["some/train.py", "--seed", "1"])
+    for name, value in {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "COMPILE_BESIDE": None}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
+    assert gpt.start_beside() == [options for _, options in started]
+    for argv, options in started:
+        assert argv == [sys.executable, "some/train.py", "--seed", "1"]
+        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL
+    assert [options["env"].pop("COMPILE_BESIDE") for _, options in started] == tasks
+    assert all(options["env"] == gpt.os.environ for _, options in started)  # ranks as the run's
+    monkeypatch.setenv("COMPILE_BESIDE", "blocks")
+    assert gpt.start_beside() == []  # such a process starts none
+
+
+@pytest.mark.parametrize("gpu, flag, compiles", [  # gpu: free bytes of its memory, 0: there is none
+    (80e9, "--compile", True), (80e9, "--no-compile", False), (40e9, "--compile", False), (0, "--compile", False)])
+def test_a_process_beside_the_run_takes_little_memory_and_time(gpu, flag, compiles, data, monkeypatch):
+    compiled, limits, world = [], [], SimpleNamespace(gpu=gpu > 0)
+    monkeypatch.setattr(gpt, "World", lambda: world)
+    monkeypatch.setattr(gpt, "Run", lambda args, world: SimpleNamespace(
+        compile_beside=lambda task: compiled.append((args, world, task))))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu, 80e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
-    environment = {"RANK": rank, "LOCAL_WORLD_SIZE": per_node, "WORLD_SIZE": 16 if per_node else None,
-                   "LOCAL_RANK": 0 if per_node else None, "COMPILE_BESIDE": None}  # run.sh: each sees one GPU, its 0th
-    for name, value in environment.items():
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
-    flags = [*FLAGS, "--data", str(data), "--out", str(tmp_path), "--resume", "x", flag]
+    monkeypatch.setenv("COMPILE_BESIDE", "blocks")
+    flags = [*FLAGS, "--data", str(data), "--resume", "x", flag]
     monkeypatch.setattr(sys, "argv", ["train", *flags])
-    with pytest.raises(SystemExit) as end:
-        gpt.main()
-    assert end.value.code == 0 and len(trained) == 1 and len(started) == count and not compiled
-    for argv, options in started:  # as that process would go on
-        assert argv == [sys.executable, gpt.SCRIPT, *sys.argv[1:]] and options in trained[0][1]
-        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL
-        its = options["env"].pop("COMPILE_BESIDE")
-        assert options["env"] == gpt.os.environ  # ranks as the run's
-        with monkeypatch.context() as environment:
-            environment.setenv("COMPILE_BESIDE", its)
-            gpt.main()
-    args = replace(trained[0][0], bigram_rows=2, val_tokens=256, resume=None)  # which takes less memory and time
-    assert len(trained) == 1 and compiled == [(args, task) for task in ("kernels", "blocks")[:count]]
-    assert limits == [0.2] * count
+    gpt.main()
+    args = replace(gpt.parse_args(flags), bigram_rows=2, val_tokens=256, resume=None)
+    assert compiled == [(args, world, "blocks")] * compiles and limits == [0.2] * compiles
+
+
+def sleeping(count):
+    return [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(count)]
 
 
 def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run):
     run = new_run(gpt, ["--layers", "sev= le -e levh"], "--compile")
     for block in run.model.blocks:
         block.compile = lambda **_: None
-    run.beside = [gpt.subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
+    run.beside = sleeping(2)
     run.warm_up()
     assert all(process.wait(timeout=10) < 0 for process in run.beside)
 
 
-def test_a_run_that_fails_ends_the_processes_beside_it(data, monkeypatch):
-    started = []
-
-    def fail(*_):
-        raise gpt.UserError("something to mend")
-
-    def start(*_, popen=gpt.subprocess.Popen, **options):
-        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"]))
-        return started[-1]
-
-    monkeypatch.setattr(gpt.subprocess, "Popen", start)
-    monkeypatch.setattr(gpt, "World", lambda: None)
-    monkeypatch.setattr(gpt, "Run", fail)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
-    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--compile"])
+def test_a_run_that_fails_ends_the_processes_beside_it(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "beside", started := sleeping(2))
+    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--layers", "what", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         gpt.main()
-    assert end.value.code == 2 and len(started) == 2
-    assert all(process.wait(timeout=10) < 0 for process in started)
+    assert end.value.code == 2 and all(process.wait(timeout=10) < 0 for process in started)

@@ -380,6 +380,7 @@ def test_a_lost_same_section_is_flagged():
     ("model.compile(mode='max-autotune')", "mode"),
     ("torch.compile(f, dynamic=True, options={})", "options"),
     ("torch.compile(f, **switches)", r"\*\*switches"),
+    ("torch.compile(f, backend=own)", "backend=own"),
 ])
 def test_compiler_settings_are_refused(site, line, setting):
     with pytest.raises(Refused, match=f"the source sets {setting}, and of the compiler's settings track sample allows"):
