@@ -1660,8 +1660,9 @@ class Run:
         """Sets the compiler up. Returns all that it must compile: (function, a batch of random tokens, stage)."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._dynamo.config.run_gc_after_compile = False  # 2.6 of 21.0 s of a warm start (H100)
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # MLPs, and so all blocks: those
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # found on disk take 0.8 s, not 2.7 (H100)
+        # a block, whose MLP is such a function, is kept as it was traced: found on disk it takes 0.8 s, not 2.7 (H100)
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # beside a run there is no backward pass
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         passes, calls = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
                          for row, stage in zip(self.args.stages, self.stages)], []
@@ -1703,8 +1704,8 @@ class Run:
                     bank.update(1, 0.0, 0.9)
             return
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
-        kept, gemm_act = gemm_act, None  # outside a compiled graph it reads data, and
-        with FakeTensorMode(allow_non_fake_inputs=True):  # these tensors have none: so no kernel is waited for
+        kept, gemm_act = gemm_act, None  # it would read tensors' data
+        with FakeTensorMode(allow_non_fake_inputs=True):  # they have none here, so that no kernel is waited for
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
                 self.model.hidden(tokens, borders, stage)
         gemm_act = kept
@@ -1720,8 +1721,8 @@ class Run:
                 torch._dynamo.mark_dynamic(x, dimension)
             return x.requires_grad_(fake.requires_grad)
 
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine: each has such a process, which starts
-        ahead = len(inputs) * (self.world.rank % ranks) // ranks  # at a place of its own
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, each with such a process:
+        ahead = len(inputs) * (self.world.rank % ranks) // ranks  # they share the blocks
         for block, given in reversed(inputs[-ahead:] + inputs[:-ahead]):
             block.compile(backend=compile_only, dynamic=False, fullgraph=True)
             with contextlib.suppress(SystemExit):
