@@ -45,12 +45,12 @@ os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kern
 gc.disable()  # until the clock starts: imports and tracing make objects that stay (0.5 s off the imports)
 
 def start_beside() -> list[subprocess.Popen]:
-    """Where there is an NVIDIA GPU, the processes that compile beside this one: see Run.compile_beside."""
+    """Where there is an NVIDIA GPU, starts the processes that compile beside this one (Run.compile_beside)."""
     rank, per_machine = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if "COMPILE_BESIDE" in os.environ or not os.path.exists("/dev/nvidiactl"):
         return []
-    null, command = subprocess.DEVNULL, [sys.executable, *sys.argv]
-    return [subprocess.Popen(command, env=os.environ | {"COMPILE_BESIDE": task}, stdout=null, stderr=null)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"COMPILE_BESIDE": task}, **pipes)
             for task in ("blocks", "kernels", "optimiser")[:1 if rank % per_machine else 3]]
 
 beside = start_beside() if __name__ == "__main__" else []  # now: they import torch, which takes 3 to 5 s
@@ -732,7 +732,7 @@ def fla(module: str):
 
 def few_configurations(module, most: int = 2):
     """Cuts the autotuning of a package's Triton kernels: minutes of compilation otherwise. Returns `module`. With one
-    each steps take 0.8% longer."""
+    each, steps take 0.8% longer."""
     package = module.__name__.split(".")[0]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         for kernel in list(vars(sys.modules[name]).values()):
@@ -1620,8 +1620,8 @@ class Schedule:
 
 class Run:
     """One run: builds everything, then trains, validates, logs and saves."""
-    def __init__(self, args: "Hyperparameters", world: World, beside: list[subprocess.Popen] | None = None):
-        self.args, self.world, self.beside = args, world, beside or []  # processes that compile too
+    def __init__(self, args: "Hyperparameters", world: World):
+        self.args, self.world = args, world
         self.flags = json.loads(json.dumps(asdict(args)))  # as JSON knows them
         self.data, self.schedule = Dataset(args.data), Schedule(args, world)
         self.attention = choose_attention(args.attention, world.device)
@@ -1660,9 +1660,12 @@ class Run:
         """Sets the compiler up. Returns all that it must compile: (function, a batch of random tokens, stage)."""
         torch._dynamo.config.recompile_limit = 64  # kinds of block x sizes of micro-batch
         torch._dynamo.config.run_gc_after_compile = False  # 2.6 of 21.0 s of a warm start (H100)
-        # a block, whose MLP is such a function, is kept as it was traced: found on disk it takes 0.8 s, not 2.7 (H100)
+        # torch keeps blocks too, whose MLP is an autograd.Function: one found on disk takes 0.8 s, not 2.7 (H100)
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # beside a run there is no backward pass
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # without waiting for a backward pass
+        # which is blind to the backward formulas of custom ops: so, what is kept belongs to this text up to the flags
+        source = SCRIPT.read_text(encoding="utf-8").split("# Hyperparameters")[0].encode()
+        torch.compiler.config.cache_key_tag = hashlib.sha256(source).hexdigest()
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
         passes, calls = [(self.gradients, self.loader.micro_batch_rows(row.batch_tokens) * self.args.row_tokens, stage)
                          for row, stage in zip(self.args.stages, self.stages)], []
@@ -1683,16 +1686,16 @@ class Run:
         for call in calls:
             self.graphed(*call)
         self.optimizer.step(1, 0.0, 0.9)
-        for process in self.beside:
+        for process in beside:
             process.kill()  # if it is late: all has been needed by now
         self.model.initialise(self.args.seed)
         for bank in self.optimizer.banks.values():
             bank.reset()
 
     def compile_beside(self, task: str):
-        """In a process beside the run's, leaves on disk what that will need: the kernels of other packages, or the
-        optimiser, or the blocks, the last first, because the run begins at the other end. Dragon starts in 65 to 72 s,
-        train_gpt.py in 39 (H100, empty caches); with two that ran what they compiled in 73 to 81, 45 to 52."""
+        """In a process beside the run's, leaves on disk what the run will need: the kernels of other packages, or
+        the optimiser, or the blocks, the last first, because the run begins at the other end. Dragon starts in
+        65 to 72 s, and with one process that did kernels alone in 81 to 94 (H100, empty caches)."""
         global gemm_act
         calls, inputs = self.calls(), []
         if task == "kernels":
@@ -1704,8 +1707,8 @@ class Run:
                     bank.update(1, 0.0, 0.9)
             return
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
-        kept, gemm_act = gemm_act, None  # it would read tensors' data
-        with FakeTensorMode(allow_non_fake_inputs=True):  # they have none here, so that no kernel is waited for
+        kept, gemm_act = gemm_act, None  # it would read data, and
+        with FakeTensorMode(allow_non_fake_inputs=True):  # tensors have none here, so that no kernel is waited for
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
                 self.model.hidden(tokens, borders, stage)
         gemm_act = kept
@@ -1715,7 +1718,7 @@ class Run:
             torch._inductor.compile(graph, inputs)
             return lambda *_: sys.exit()  # instead of what it compiled, which needs the kernels
 
-        def real(fake: Tensor) -> Tensor:
+        def real(fake: Tensor) -> Tensor:  # its values are never read
             x = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
             for dimension in getattr(fake, "_dynamo_dynamic_indices", ()):
                 torch._dynamo.mark_dynamic(x, dimension)
@@ -1917,20 +1920,27 @@ def parse_args(argv: list[str], quiet: bool = False) -> "Hyperparameters":
 def main():
     rank, code = int(os.environ.get("RANK", 0)), 0
     try:
-        args, world = parse_args(sys.argv[1:], quiet=rank > 0), World()
-        if task := os.environ.get("COMPILE_BESIDE"):
+        args, task = parse_args(sys.argv[1:], quiet=rank > 0), os.environ.get("COMPILE_BESIDE")
+        if task is not None and not sys.stdin.read(1):
+            return  # the run has ended
+        world = World()
+        if task is not None:
             if args.compile and world.gpu and torch.cuda.mem_get_info()[0] > 50e9:  # bytes free
                 torch.cuda.set_per_process_memory_fraction(0.2)  # a model that needs more leaves no room for it
                 args = replace(args, bigram_rows=min(args.bigram_rows, 2), val_tokens=args.val_row_tokens, resume=None)
                 Run(args, world).compile_beside(task)
             return
-        Run(args, world, beside).train()
+        for process in beside:  # now, because there are GPUs that only the first process to ask gets
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(b".")
+        Run(args, world).train()
     except (UserError, FloatingPointError) as error:
         code = 2 if isinstance(error, UserError) else 1
-        for process in beside:
-            process.kill()
         if rank == 0:
             print(f"{SCRIPT.name}: {error}", file=sys.stderr, flush=True)
+    finally:
+        for process in beside:
+            process.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -1,6 +1,7 @@
 """Tests of Run.graphed: what a CUDA graph may not change, with a stand-in on a CPU and with real graphs on a GPU."""
 
 import functools
+import io
 import re
 import subprocess
 import sys
@@ -312,9 +313,9 @@ def test_real_graphs_have_the_gradients_rows_and_losses_of_each_micro_batch(scri
 # What processes beside the run compile --------------------------------------------------------------------------------
 
 
-def beside(script, others, data, monkeypatch, task, rank=0, ranks=1):
+def beside(script, others, data, monkeypatch, task, rank=0, ranks=1, per_machine=1):
     """Builds what a process beside a rank of a run builds, without a process group and without a log; does its task."""
-    for name, value in {"COMPILE_BESIDE": task, "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+    for name, value in dict(COMPILE_BESIDE=task, RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=per_machine).items():
         monkeypatch.setenv(name, str(value))
     flags = [*FLAGS, *others, "--data", str(data), "--attention", "reference", "--out", "/dev/null/no"]
     run = script.Run(script.parse_args(flags), script.World())
@@ -413,17 +414,35 @@ def test_a_process_beside_the_run_compiles_the_blocks_without_running_them(
         assert script.gemm_act is None  # it would read them
         return mode(**options)
 
+    config, wanted_config = torch._functorch.config, (
+        "autograd_cache_allow_custom_autograd_functions", "force_non_lazy_backward_lowering")
+    for name in wanted_config:
+        monkeypatch.setattr(config, name, False)
     monkeypatch.setattr(torch._inductor, "compile", see)
     monkeypatch.setattr(script, "FakeTensorMode", without_data)
     monkeypatch.setattr(script, "gemm_act", fused)
     monkeypatch.setattr(script, "reference_blocks", fused)  # attention
-    for rank in range(ranks):
+    for rank, per_machine in {(0, ranks), (ranks - 1, ranks), (ranks - 1, 1)}:
         graphs.clear()
         torch._dynamo.reset()
-        beside(script, flags, data, monkeypatch, "blocks", rank, ranks)
-        ahead = len(wanted) * rank // ranks
+        beside(script, flags, data, monkeypatch, "blocks", rank, ranks, per_machine)
+        ahead = len(wanted) // 2 if rank and per_machine == 2 else 0
         assert graphs == (wanted[-ahead:] + wanted[:-ahead])[::-1]
         assert script.gemm_act is fused  # what is compiled has it
+        assert all(getattr(config, name) for name in wanted_config)  # else nothing backward, or nothing, is kept
+
+
+def test_after_an_edit_above_the_flags_nothing_on_disk_is_found(new_run, tmp_path, monkeypatch):
+    """torch's cache does not know the backward formulas of custom ops, and would go on with the one before."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    text, tags = gpt.SCRIPT.read_text(), []
+    for old, new in (("", ""), ("(*attention_backward_op(dout", "(*attention_backward_op(2 * dout"), ("0.15", "0.16")):
+        (path := tmp_path / "train_gpt.py").write_text(text.replace(old, new, 1))
+        assert path.read_text() != text or not old
+        monkeypatch.setattr(gpt, "SCRIPT", path)
+        new_run(gpt, ["--layers", "le lev"]).calls()
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[2] != tags[1] and tags[0]
 
 
 @pytest.mark.parametrize("device, rank, per_node, tasks", [
@@ -440,16 +459,17 @@ def test_a_run_on_a_gpu_starts_processes_that_compile(device, rank, per_node, ta
     assert gpt.start_beside() == [options for _, options in started]
     for argv, options in started:
         assert argv == [sys.executable, "some/train.py", "--seed", "1"]
-        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL
+        assert options["stdout"] == options["stderr"] == gpt.subprocess.DEVNULL and options["stdin"] == subprocess.PIPE
     assert [options["env"].pop("COMPILE_BESIDE") for _, options in started] == tasks
     assert all(options["env"] == gpt.os.environ for _, options in started)  # ranks as the run's
     monkeypatch.setenv("COMPILE_BESIDE", "blocks")
     assert gpt.start_beside() == []  # such a process starts none
 
 
-@pytest.mark.parametrize("gpu, flag, compiles", [  # gpu: free bytes of its memory, 0: there is none
-    (80e9, "--compile", True), (80e9, "--no-compile", False), (40e9, "--compile", False), (0, "--compile", False)])
-def test_a_process_beside_the_run_takes_little_memory_and_time(gpu, flag, compiles, data, monkeypatch):
+@pytest.mark.parametrize("gpu, flag, told, compiles", [  # gpu: free bytes of its memory, 0: there is none
+    (80e9, "--compile", ".", True), (80e9, "--no-compile", ".", False), (40e9, "--compile", ".", False),
+    (0, "--compile", ".", False), (80e9, "--compile", "", False)])
+def test_a_process_beside_the_run_takes_little_memory_and_time(gpu, flag, told, compiles, data, monkeypatch):
     compiled, limits, world = [], [], SimpleNamespace(gpu=gpu > 0)
     monkeypatch.setattr(gpt, "World", lambda: world)
     monkeypatch.setattr(gpt, "Run", lambda args, world: SimpleNamespace(
@@ -457,6 +477,7 @@ def test_a_process_beside_the_run_takes_little_memory_and_time(gpu, flag, compil
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu, 80e9))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     monkeypatch.setenv("COMPILE_BESIDE", "blocks")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(told))  # by the run, once it has the GPU; ends with the run
     flags = [*FLAGS, "--data", str(data), "--resume", "x", flag]
     monkeypatch.setattr(sys, "argv", ["train", *flags])
     gpt.main()
@@ -464,22 +485,38 @@ def test_a_process_beside_the_run_takes_little_memory_and_time(gpu, flag, compil
     assert compiled == [(args, world, "blocks")] * compiles and limits == [0.2] * compiles
 
 
-def sleeping(count):
-    return [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(count)]
+@pytest.fixture
+def sleeping(monkeypatch):
+    """Two processes beside the run that wait to be told, and then write the word that they were told and sleep."""
+    code = "import sys, time; print(sys.stdin.read(), flush=True); time.sleep(600)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    monkeypatch.setattr(gpt, "beside", started)
+    yield started
+    for process in started:
+        process.kill()
 
 
-def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run):
+def test_the_processes_beside_a_run_end_before_the_clock_starts(new_run, sleeping):
     run = new_run(gpt, ["--layers", "sev= le -e levh"], "--compile")
     for block in run.model.blocks:
         block.compile = lambda **_: None
-    run.beside = sleeping(2)
     run.warm_up()
-    assert all(process.wait(timeout=10) < 0 for process in run.beside)
+    assert all(process.wait(timeout=10) < 0 for process in sleeping)
 
 
-def test_a_run_that_fails_ends_the_processes_beside_it(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt, "beside", started := sleeping(2))
-    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data), "--layers", "what", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
+@pytest.mark.parametrize("error, end", [(gpt.UserError("mend this"), SystemExit), (MemoryError("full"), MemoryError)])
+def test_a_run_tells_the_processes_beside_it_to_begin_and_ends_them_when_it_fails(
+        error, end, data, monkeypatch, sleeping):
+    told = []
+
+    class Run:
+        def __init__(self, *_):
+            told.extend(process.stdout.readline() for process in sleeping)
+            raise error
+
+    monkeypatch.setattr(gpt, "Run", Run)
+    monkeypatch.setattr(sys, "argv", ["train", *FLAGS, "--data", str(data)])
+    with pytest.raises(end):
         gpt.main()
-    assert end.value.code == 2 and all(process.wait(timeout=10) < 0 for process in started)
+    assert told == [b".\n"] * 2 and all(process.wait(timeout=10) < 0 for process in sleeping)
