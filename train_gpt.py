@@ -1028,7 +1028,7 @@ class Run:
         # torch keeps blocks too, whose MLP is an autograd.Function: one found on disk takes 0.8 s, not 2.7 (H100)
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         torch._functorch.config.force_non_lazy_backward_lowering = True  # without waiting for a backward pass
-        # which is blind to the backward formulas of custom ops: so, what is kept belongs to this text up to the flags
+        # it is blind to the backward formulas of custom ops: so, what it keeps belongs to this text up to the flags
         source = SCRIPT.read_text(encoding="utf-8").split("# Hyperparameters")[0].encode()
         torch.compiler.config.cache_key_tag = hashlib.sha256(source).hexdigest()
         torch._inductor.config.triton.autotune_pointwise = False  # 7 s or more of start-up for no speed
@@ -1060,7 +1060,7 @@ class Run:
     def compile_beside(self, task: str):
         """In a process beside the run's, leaves on disk what the run will need: the kernels of other packages, or
         the optimiser, or the blocks, the last first, because the run begins at the other end. Dragon starts in
-        65 to 72 s, and with one process that did kernels alone in 81 to 94 (H100, empty caches)."""
+        65 to 72 s, and with one process that did kernels alone in 81 to 98 (H100, empty caches)."""
         global gemm_act
         calls, inputs = self.calls(), []
         if task == "kernels":
@@ -1072,8 +1072,8 @@ class Run:
                     bank.update(1, 0.0, 0.9)
             return
         watch = nn.modules.module.register_module_forward_pre_hook(lambda *call: inputs.append(call))
-        kept, gemm_act = gemm_act, None  # it would read data, and
-        with FakeTensorMode(allow_non_fake_inputs=True):  # tensors have none here, so that no kernel is waited for
+        kept, gemm_act = gemm_act, None  # quack's kernel would run, on tensors that have no data
+        with FakeTensorMode(allow_non_fake_inputs=True):  # so that no kernel is waited for
             for _, (tokens, _, borders), stage in {len(call[1][0]): call for call in calls}.values():
                 self.model.hidden(tokens, borders, stage)
         gemm_act = kept

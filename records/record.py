@@ -25,7 +25,8 @@ except ImportError:  # Python 3.10
 SAME_IN_ALL_RUNS = ("script", "device", "world_size", "threads", "attention", "torch", "cuda", "triton", "numpy",
                     "python", "dataset", "fingerprint", "params", "kernels")
 FREE_ARGS = {"seed", "data", "out", "checkpoint", "save_every"}  # in which the runs of a record may differ
-SETTING_MODULE = re.compile(r"torch\.(_inductor|_dynamo|_functorch|compiler)\.config\b|triton\.knobs\b")
+SETTING_MODULE = re.compile(
+    r"torch\.((_inductor|_dynamo|_functorch|compiler)\.config|_inductor\.compile_fx)\b|triton\.knobs\b")
 SETTING_VARIABLE = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|TORCH_COMPILE|FUNCTORCH|AOTINDUCTOR|TRITON)_\w+")
 
 
@@ -225,6 +226,8 @@ def compile_settings(source: str) -> set[str]:
         elif isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             if function.split(".")[-1] == "compile" and not function.startswith("re."):
+                if function.endswith("_inductor.compile") and len(node.args) > 2:
+                    found.add("options")
                 for keyword in node.keywords:
                     value, name = ast.unparse(keyword.value), keyword.arg
                     found.add(f"{name}={value}" if name == "backend" else name or f"**{value}")

@@ -381,6 +381,8 @@ def test_a_lost_same_section_is_flagged():
     ("torch.compile(f, dynamic=True, options={})", "options"),
     ("torch.compile(f, **switches)", r"\*\*switches"),
     ("torch.compile(f, backend=own)", "backend=own"),
+    ("torch._inductor.compile(graph, inputs, {'max_autotune': True})", "options"),
+    ("from torch._inductor.compile_fx import compile_fx", "torch._inductor.compile_fx.compile_fx"),
 ])
 def test_compiler_settings_are_refused(site, line, setting):
     with pytest.raises(Refused, match=f"the source sets {setting}, and of the compiler's settings track sample allows"):
